@@ -1,0 +1,230 @@
+"""The commands that look: sites, eval, generate, inspect, recipes."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from jaxq.cli import console, sources
+from jaxq.errors import JaxqError
+from jaxq.report.records import Report, number, size
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelOrOut = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_OUT", help="Directory, .gguf file, demo model, or quantized OUT.")
+]
+METRICS = ("perplexity",)
+
+
+def sites(
+    model: ModelOrOut,
+    every: Annotated[bool, typer.Option("--all", help="One line a site instead of one a role.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List where the parameters of MODEL meet data: what can be quantized, and what cannot and why."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jaxq
+    from jaxq.report import SiteReport
+
+    opened = sources.open_model(model, lazy=True).model
+    with console.doing("tracing"):
+        found = jaxq.sites(opened.apply, opened.params, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+    if as_json:
+        rows = [
+            {"path": site.path, "kind": site.kind, "shape": list(site.shape),
+             "dtype": str(np.dtype(site.dtype)), "in_axes": list(site.in_axes),
+             "out_axes": list(site.out_axes), "batch_axes": list(site.batch_axes), "note": site.note}
+            for site in found
+        ]  # fmt: skip
+        console.print_json(rows)
+        return
+    groups: dict[tuple[str, ...], int] = {}
+    for site in found:
+        name = site.path if every else SiteReport(site.path).role
+        line = (name, str(site.kind), " x ".join(map(str, site.shape)), str(np.dtype(site.dtype)), site.note)
+        groups[line] = groups.get(line, 0) + 1
+    columns = [("site", "left"), ("kind", "left"), ("shape", "right"), ("dtype", "left"), ("note", "left")]
+    columns += [("count", "right")]
+    lines = [[*line, str(count)] for line, count in groups.items()]
+    console.out().print(console.table(f"{model}: {len(found)} sites", columns, lines))
+
+
+def evaluate(
+    model: ModelOrOut,
+    metric: Annotated[str, typer.Option(help=f"One of: {', '.join(METRICS)}.")] = "perplexity",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.txt|NAME", help="Text: a file, or the held-out tenth of austen, essays, handbook."
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows scored, from the start of the text.")] = 40,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL_OR_OUT on text: windows without overlap, every token but the first of each scored."""
+    if metric not in METRICS:
+        raise JaxqError(f"unknown metric {metric!r}; use {', '.join(METRICS)}")
+    if data is None:
+        raise JaxqError("there is no text: add --data FILE.txt, or --data essays")
+    import jaxq
+    from jaxq import evaluate as measures
+
+    text = sources.read_text(data, held_out=True)
+    opened = sources.open_model(model, dtype=dtype)
+    tokens = measures.windows(text, opened.tokenizer, seq_len, windows)
+    if len(tokens) < windows:
+        console.remark(f"{data} gives {len(tokens)} windows of {seq_len} tokens, not {windows}")
+    start = time.perf_counter()
+    with console.meter("perplexity") as meter:
+
+        def show(done: int, count: int, value: float) -> None:
+            spent = time.perf_counter() - start
+            meter.update(done / count, f"window {done}/{count}, {number(value)}", spent * (count / done - 1))
+
+        meter.update(0.0, "compiling")
+        found = measures.perplexity(
+            jaxq.quantized(opened.model.apply), opened.model.params, tokens, batch=batch, progress=show
+        )
+    result: dict[str, Any] = {
+        **found,
+        "windows": len(tokens),
+        "seq_len": seq_len,
+        "data": data,
+        "model": model,
+    }
+    if opened.report is not None:
+        result["bits_per_weight"] = opened.report.bits_per_weight
+    if as_json:
+        console.print_json(result)
+    else:
+        console.out().print(
+            f"perplexity {found['perplexity']:.4f} over {found['tokens']:,} tokens ({len(tokens)} windows of {data})",
+            markup=False,
+        )
+
+
+def generate(
+    model: ModelOrOut,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among this share of the probability.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    import jaxq
+    from jaxq import models
+
+    if not prompt.strip():
+        raise JaxqError("the prompt is empty: give --prompt some text")
+    opened = sources.open_model(model, dtype=dtype)
+    ids = _prompt_ids(opened.tokenizer, prompt, chat)
+    start = time.perf_counter()
+    with console.doing("generating"):
+        generation = models.generate(
+            opened.model, opened.model.params, [ids], max_new_tokens=max_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, seed=seed, transform=jaxq.quantized,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    new = generation.rows()[0]
+    text = opened.tokenizer.decode(new, skip_special_tokens=True)
+    if as_json:
+        console.print_json({"prompt": prompt, "text": text, "tokens": new, "seconds": seconds})
+        return
+    screen = console.out()
+    if not chat:
+        screen.print(prompt, style="dim", markup=False, end="", soft_wrap=True)
+    screen.print(text, markup=False, soft_wrap=True)
+
+
+def inspect(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory that jaxq quantize wrote.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every array and compare its checksum.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what OUT holds, from its manifest."""
+    from jaxq import checkpoint
+    from jaxq.checkpoint.manifest import read_entries
+
+    manifest = checkpoint.read_manifest(out)
+    entries = read_entries(manifest)
+    if verify:
+        with console.doing(f"reading {out}"):
+            checkpoint.load(out)
+    report = Report.from_dict(manifest.get("report") or {})
+    stored = sum(entry.nbytes for entry in entries)
+    if as_json:
+        params = [
+            {"path": entry.path, "shape": list(entry.shape), "dtype": entry.dtype, "format": entry.format,
+             "bytes": entry.nbytes, "bits_per_weight": entry.bits_per_weight}
+            for entry in entries
+        ]  # fmt: skip
+        known = {name: manifest.get(name) for name in ("schema", "jaxq", "source", "baseline", "recipe")}
+        totals = {"bits_per_weight": report.bits_per_weight, "bytes": stored, "verified": verify}
+        console.print_json({"path": out, **known, **totals, "params": params})
+        return
+    screen = console.out()
+    report.table(screen)
+    source = ", ".join(f"{key} {value}" for key, value in (manifest.get("source") or {}).items())
+    for line in (
+        f"{len(entries)} parameters in {size(stored)}, schema {manifest['schema']}, written by jaxq {manifest['jaxq']}",
+        f"source: {source or 'unknown'}",
+        "every array matches its checksum" if verify else "",
+    ):
+        if line:
+            screen.print(line, markup=False)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe as TOML.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a code.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="A number, channel (or 0), tensor.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the named recipes, or print one as TOML to edit."""
+    from jaxq import recipes as known
+
+    if name is None:
+        names = [{"name": key, "description": line} for key, line in known.names()]
+        if as_json:
+            console.print_json(names)
+        else:
+            rows = [[item["name"], item["description"]] for item in names]
+            console.out().print(console.table("recipes", [("name", "left"), ("what it does", "left")], rows))
+        return
+    recipe = sources.read_recipe(name, sources.settings_of(bits, group_size, setting or []))
+    if as_json:
+        console.print_json(recipe.to_dict())
+    else:
+        typer.echo(recipe.to_toml().rstrip())
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return [int(token) for token in tokenizer(prompt)["input_ids"]]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except ValueError as error:
+        raise JaxqError("the model's tokenizer has no chat template: leave out --chat") from error
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,187 @@
+"""`jaxq quantize`: a float model in, a directory out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxq.cli import console, sources
+from jaxq.errors import JaxqError
+from jaxq.report.records import Report, number, size
+
+if TYPE_CHECKING:
+    from jaxq.models import Model
+    from jaxq.quantize import Event, Plan
+    from jaxq.recipe import Recipe
+
+SHAPE_TOKENS = 16
+"""Length of the example where a recipe needs shapes only."""
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or demo model.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write.")],
+    recipe: Annotated[
+        str, typer.Option(help="Name ([bold]jaxq recipes[/bold] lists them) or FILE.toml.")
+    ] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Bits of a code; the recipe's own when left out.")] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights that share a scale: a number, [bold]channel[/bold] (or 0), [bold]tensor[/bold]."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.txt|NAME", help="Text to calibrate on: a file, or austen, essays, handbook."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time, at most.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the float weights: float32 or bfloat16; float32 when left out.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print what would be done; read no weight, write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if jaxq wrote it.")] = False,
+    report: Annotated[bool, typer.Option(help="Write OUT/report.html and OUT/report.json.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Quantize MODEL and write it to OUT.
+
+    OUT is written whole or not at all; an OUT that exists survives every failure.
+    """
+    from jaxq import checkpoint
+
+    if not dry_run:
+        checkpoint.check_destination(out, overwrite)
+    chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or []))
+    if chosen.needs_data and calibration is None:
+        raise JaxqError(
+            f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays"
+        )
+    opened = sources.open_model(model, lazy=True, dtype=dtype)
+    rows = _batch_size(samples, batch) if chosen.needs_data else 1
+    shape = (rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
+    if dry_run:
+        _print_plan(_plan(opened.model, chosen, shape, samples // rows), chosen, as_json)
+        return
+    batches = _batches(opened, calibration, samples, seq_len, seed, rows) if chosen.needs_data else None
+    plan = _plan(opened.model, chosen, shape, samples // rows)
+    checkpoint.check_destination(out, overwrite, plan.bytes_after)
+    result = _run(opened.model, chosen, batches, shape)
+    pages = {
+        "report.html": result.report.html(f"{opened.model.source.get('name', model)}, {chosen.name}"),
+        "report.json": json.dumps(result.report.to_dict(), indent=1) + "\n",
+    }
+    with console.doing(f"writing {out}"):
+        checkpoint.save(
+            out,
+            result,
+            config=opened.model.config,
+            tokenizer=opened.model.tokenizer,
+            source=opened.model.source,
+            overwrite=overwrite,
+            files=pages if report else {},
+        )
+    if as_json:
+        console.print_json(_summary(result.report, out))
+    else:
+        result.report.table(console.out())
+        console.out().print(f"written to {out}", markup=False)
+
+
+def _batch_size(samples: int, most: int) -> int:
+    """The largest batch, at most `most`, that divides the samples: all batches have one shape."""
+    return max(rows for rows in range(1, min(samples, most) + 1) if samples % rows == 0)
+
+
+def _batches(
+    opened: sources.Opened, calibration: str | None, samples: int, seq_len: int, seed: int, rows: int
+) -> list[Any]:
+    from jaxq import data
+
+    text = sources.read_text(calibration or "", held_out=False)
+    with console.doing("encoding the calibration text"):
+        windows = data.calibration(text, opened.tokenizer, samples, seq_len, seed)
+    return [windows[start : start + rows] for start in range(0, samples, rows)]
+
+
+def _plan(model: Model, recipe: Recipe, shape: tuple[int, int], batches: int) -> Plan:
+    import jax
+    import jax.numpy as jnp
+
+    import jaxq
+
+    with console.doing("planning"):
+        return jaxq.plan(
+            model.apply, model.params, jax.ShapeDtypeStruct(shape, jnp.int32), recipe, batches=batches
+        )
+
+
+def _run(model: Model, recipe: Recipe, batches: list[Any] | None, shape: tuple[int, int]) -> Any:
+    import numpy as np
+
+    import jaxq
+
+    with console.meter(recipe.name) as meter:
+
+        def show(event: Event) -> None:
+            whole = event.seconds + event.eta
+            known = "" if event.error != event.error else f", error {number(event.error)}"
+            meter.update(
+                event.seconds / whole if whole > 0 else 1.0,
+                f"stage {event.stage}/{event.stages}, {event.path}{known}",
+                event.eta,
+            )
+
+        meter.update(0.0, "starting")
+        example = [np.zeros(shape, np.int32)]
+        return jaxq.quantize(model.apply, model.params, batches or example, recipe, progress=show)
+
+
+def _summary(report: Report, out: str) -> dict[str, Any]:
+    return {
+        "out": out,
+        "recipe": report.recipe,
+        "bits_per_weight": report.bits_per_weight,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "error": report.error,
+        "seconds": report.seconds,
+        "sites": [row.to_dict() for row in report.rows],
+    }
+
+
+def _print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
+    if as_json:
+        rows = [
+            {"path": row.path, "kind": row.kind, "shape": list(row.shape), "format": row.format or "dense",
+             "bytes_before": row.bytes_before, "bytes_after": row.bytes_after}
+            for row in plan.rows
+        ]  # fmt: skip
+        totals = {name: getattr(plan, name) for name in ("bytes_before", "bytes_after", "peak_bytes")}
+        console.print_json({"recipe": recipe.to_dict(), **totals, "sites": rows})
+        return
+    columns = [("site", "left"), ("kind", "left"), ("shape", "right"), ("format", "left")]
+    columns += [("before", "right"), ("after", "right")]
+    lines = [
+        [row.path, row.kind, " x ".join(map(str, row.shape)), row.format or "dense",
+         size(row.bytes_before), size(row.bytes_after)]
+        for row in plan.rows
+    ]  # fmt: skip
+    screen = console.out()
+    screen.print(console.table(f"{recipe.name}, a dry run", columns, lines))
+    screen.print(
+        f"all parameters: {size(plan.bytes_before)} -> {size(plan.bytes_after)}; "
+        f"peak memory about {size(plan.peak_bytes)}; nothing was read or written"
+    )

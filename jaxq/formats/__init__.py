@@ -1,0 +1,11 @@
+"""What a quantized tensor is: one file a format."""
+
+from jaxq.formats.base import Format as Format
+from jaxq.formats.base import Layout as Layout
+from jaxq.formats.base import QuantizedArray as QuantizedArray
+from jaxq.formats.base import abstract as abstract
+from jaxq.formats.base import dequantize as dequantize
+from jaxq.formats.base import from_dict as from_dict
+from jaxq.formats.base import is_quantized as is_quantized
+from jaxq.formats.uniform import Uniform as Uniform
+from jaxq.formats.uniform import UniformArray as UniformArray

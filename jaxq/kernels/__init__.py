@@ -1,0 +1,1 @@
+"""Products with quantized arrays: one file an operation."""
