@@ -12,6 +12,13 @@ settings.register_profile("jaxq", deadline=None, max_examples=25, derandomize=Tr
 settings.load_profile("jaxq")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The fast tests compile hundreds of tiny programs once each: the compiler's work is nearly all of their
+    # time. Real models want its optimizations.
+    if "not slow" in config.option.markexpr:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

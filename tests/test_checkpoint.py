@@ -97,7 +97,7 @@ def edit(path: Path, change) -> None:
 def test_round_trip_is_bit_exact(saved):
     again = load(saved)
     assert_same(again.params, example())
-    assert again.report == result().report
+    assert again.report.to_dict() == result().report.to_dict()
     assert leftovers(saved.parent) == []
 
 
@@ -376,6 +376,8 @@ def damaged_files(path: Path):
     return sorted(file for file in (path / "params").rglob("*") if file.is_file())
 
 
+# A read that TensorStore gives up may complain from a thread of its own, later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["missing", "empty", "half", "flipped"])
 def test_damaged_array_files_never_give_other_values(how, copy):
     refused = 0

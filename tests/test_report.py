@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def test_report_survives_json():
     report = example(note="fell back")
     again = Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
-    assert again == report
+    assert again.to_dict() == report.to_dict()
     assert again.rows[0].shape == (64, 64)
 
 
@@ -114,7 +114,7 @@ def test_a_report_refuses_data_that_is_not_plain():
 
 
 def test_unknown_fields_of_a_later_version_are_ignored():
-    assert SiteReport.from_dict({"path": "a", "later": 1}) == SiteReport("a")
+    assert SiteReport.from_dict({"path": "a", "later": 1}).to_dict() == SiteReport("a").to_dict()
 
 
 def test_totals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -54,6 +55,7 @@ app = typer.Typer(
     epilog="MODEL is a Hugging Face directory, a .gguf file, or the name of a demo model (smollm2-135m). "
     "OUT is a directory that [bold]jaxq quantize[/bold] wrote.",
     rich_markup_mode="rich",
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -122,4 +124,6 @@ for _command, _name, _lines in (
 
 def main() -> None:
     """The `jaxq` program."""
+    # transformers only reads tokenizers here, and would say at each start that it misses PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app()

@@ -45,7 +45,8 @@ def sites(
         return
     groups: dict[tuple[str, ...], int] = {}
     for site in found:
-        name = site.path if every else SiteReport(site.path).role
+        roles = (SiteReport(part).role for part in site.path.split(" @ "))
+        name = site.path if every else " @ ".join(roles)
         line = (name, str(site.kind), " x ".join(map(str, site.shape)), str(np.dtype(site.dtype)), site.note)
         groups[line] = groups.get(line, 0) + 1
     columns = [("site", "left"), ("kind", "left"), ("shape", "right"), ("dtype", "left"), ("note", "left")]
@@ -105,10 +106,8 @@ def evaluate(
     if as_json:
         console.print_json(result)
     else:
-        console.out().print(
-            f"perplexity {found['perplexity']:.4f} over {found['tokens']:,} tokens ({len(tokens)} windows of {data})",
-            markup=False,
-        )
+        scored = f"{found['tokens']:,} tokens, {len(tokens)} windows of {data}"
+        console.out().print(f"perplexity {found['perplexity']:.4f} ({scored})", markup=False)
 
 
 def generate(
@@ -182,8 +181,9 @@ def inspect(
     screen = console.out()
     report.table(screen)
     source = ", ".join(f"{key} {value}" for key, value in (manifest.get("source") or {}).items())
+    origin = f"schema {manifest['schema']}, written by jaxq {manifest.get('jaxq', '?')}"
     for line in (
-        f"{len(entries)} parameters in {size(stored)}, schema {manifest['schema']}, written by jaxq {manifest['jaxq']}",
+        f"{len(entries)} parameters in {size(stored)}, {origin}",
         f"source: {source or 'unknown'}",
         "every array matches its checksum" if verify else "",
     ):

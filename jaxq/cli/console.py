@@ -65,7 +65,8 @@ class Meter:
 
     def update(self, share: float, detail: str, eta: float = math.nan) -> None:
         """Show that `share` (0 to 1) is done; eta in seconds, nan if unknown."""
-        rest = f", {duration(eta)} left" if math.isfinite(eta) and eta > 0 else ""
+        # Before this much is done, compilation is most of the time and an estimate would be wild.
+        rest = f", {duration(eta)} left" if math.isfinite(eta) and 0.05 <= share < 1 else ""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=share, detail=escape(detail + rest))
         elif share >= 1 or time.monotonic() - self._last >= LINE_SECONDS:

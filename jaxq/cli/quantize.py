@@ -50,9 +50,9 @@ def quantize(
         str | None, typer.Option(help="Of the float weights: float32 or bfloat16; float32 when left out.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Print what would be done; read no weight, write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done; read no weight, write nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if jaxq wrote it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if jaxq wrote it.")] = False,
     report: Annotated[bool, typer.Option(help="Write OUT/report.html and OUT/report.json.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -70,6 +70,8 @@ def quantize(
             f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays"
         )
     opened = sources.open_model(model, lazy=True, dtype=dtype)
+    if opened.report is not None:
+        raise JaxqError(f"{model} is quantized already: give the float model that it was made from")
     rows = _batch_size(samples, batch) if chosen.needs_data else 1
     shape = (rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
     if dry_run:

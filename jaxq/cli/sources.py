@@ -88,7 +88,7 @@ def read_recipe(name: str, settings: dict[str, Any]) -> Recipe:
 
 
 def settings_of(bits: int | None, group_size: str | None, extra: list[str]) -> dict[str, Any]:
-    """Return the settings that flags give: --bits, --group-size, --set KEY=VALUE. Others keep their default."""
+    """Return the settings that --bits, --group-size and --set KEY=VALUE give."""
     found: dict[str, Any] = {}
     if bits is not None:
         found["bits"] = bits

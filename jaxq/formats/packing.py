@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt8, UInt32
 
 WORD = 32
@@ -41,15 +42,16 @@ def pack(codes: UInt8[Array, "*batch n out"], bits: int) -> UInt32[Array, "*batc
     values, words = _period(bits)
     *batch, count, out = codes.shape
     periods = -(-count // values)
-    runs = _pad_rows(codes, periods * values).astype(jnp.uint32).reshape((*batch, periods, values, out))
-    packed = [jnp.zeros((*batch, periods, out), jnp.uint32) for _ in range(words)]
-    for index in range(values):
-        word, shift = divmod(index * bits, WORD)
-        value = runs[..., index, :]
-        packed[word] = packed[word] | (value << shift)
-        if shift + bits > WORD:
-            packed[word + 1] = packed[word + 1] | (value >> (WORD - shift))
-    stream = jnp.stack(packed, axis=-2).reshape((*batch, periods * words, out))
+    runs = _pad_rows(codes, periods * values).astype(jnp.uint32).reshape((*batch, periods, 1, values, out))
+    # Distance of each value's first bit from the first bit of each word; no two values share a bit, so
+    # adding them up joins them.
+    offset = np.arange(values) * bits - WORD * np.arange(words)[:, None]
+    inside = (offset > -bits) & (offset < WORD)
+    up, down = (
+        jnp.asarray(np.where(inside, np.maximum(o, 0), 0), jnp.uint32)[..., None] for o in (offset, -offset)
+    )
+    parts = jnp.where(jnp.asarray(inside)[..., None], (runs << up) >> down, jnp.uint32(0))
+    stream = jnp.sum(parts, axis=-2, dtype=jnp.uint32).reshape((*batch, periods * words, out))
     return stream[..., : words_for(count, bits), :]
 
 
@@ -59,18 +61,15 @@ def unpack(words: UInt32[Array, "*batch words out"], bits: int, n: int) -> UInt8
     *batch, count, out = words.shape
     periods = -(-count // period_words)
     runs = _pad_rows(words, periods * period_words).reshape((*batch, periods, period_words, out))
-    mask = jnp.uint32(2**bits - 1)
-    if period_words == 1:
-        shifts = jnp.arange(values, dtype=jnp.uint32)[:, None] * bits
-        unpacked = ((runs >> shifts) & mask).astype(jnp.uint8)
-    else:
-        unpacked = jnp.stack([_value(runs, index, bits, mask) for index in range(values)], axis=-2)
+    # The word in which each value starts and the one in which it ends. Indexing by constants, where unrolling
+    # over the values would take seconds to compile for each shape.
+    start = np.arange(values) * bits
+    first, shift = start // WORD, start % WORD
+    crosses = shift + bits > WORD
+    low = runs[..., first, :] >> jnp.asarray(shift, jnp.uint32)[:, None]
+    if crosses.any():
+        last = np.where(crosses, first + 1, first)
+        high = runs[..., last, :] << jnp.asarray(np.where(crosses, WORD - shift, 0), jnp.uint32)[:, None]
+        low = jnp.where(jnp.asarray(crosses)[:, None], low | high, low)
+    unpacked = (low & jnp.uint32(2**bits - 1)).astype(jnp.uint8)
     return unpacked.reshape((*batch, periods * values, out))[..., :n, :]
-
-
-def _value(runs: Array, index: int, bits: int, mask: Array) -> Array:
-    word, shift = divmod(index * bits, WORD)
-    value = runs[..., word, :] >> shift
-    if shift + bits > WORD:
-        value = value | (runs[..., word + 1, :] << (WORD - shift))
-    return (value & mask).astype(jnp.uint8)

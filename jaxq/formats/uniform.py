@@ -253,7 +253,7 @@ def fit_minmax(w: Float[Array, "*batch group out"], format: Uniform) -> tuple[Ar
 def fit_mse(
     w: Float[Array, "*batch group out"],
     format: Uniform,
-    weight: Float[Array, ...] | None = None,
+    weight: Float[Array, "*#batch #group #out"] | None = None,
     grid: Sequence[float] = SHRINKS,
     norm: float = 2.0,
 ) -> tuple[Array, Array]:
@@ -292,7 +292,7 @@ def quantize_codes(
     return jnp.clip(steps, 0, format.levels).astype(jnp.uint8)
 
 
-def dequantize_codes(codes: Integer[Array, ...], scale: Array, zero: Array) -> Float[Array, ...]:
+def dequantize_codes(codes: Integer[Array, "*shape"], scale: Array, zero: Array) -> Float[Array, "*shape"]:
     """(codes - zero) * scale in float32."""
     return (codes.astype(jnp.float32) - zero.astype(jnp.float32)) * scale.astype(jnp.float32)
 

@@ -33,6 +33,14 @@ class Generation(NamedTuple):
         return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
 
 
+class Rules(NamedTuple):
+    """When to stop, what to fill with, how hot to sample."""
+
+    ends: Int[np.ndarray, " K"]
+    pad: np.int32
+    temperature: np.float32
+
+
 def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The default transform: run the model as it is."""
     return fn
@@ -76,11 +84,10 @@ def generate(
         raise JaxqError(f"top_p must lie in (0, 1], not {top_p}")
     ends = model.config.eos if eos is None else tuple(int(token) for token in eos)
     pad = model.config.pad if model.config.pad is not None else (ends[0] if ends else 0)
-    run = _generator(
-        model.decode, model.init_cache, transform, max_new_tokens, temperature > 0, top_k, top_p, ends, pad
-    )
-    # An argument of the program, not a constant of it: another temperature does not compile again.
-    out, counts = run(params, tokens, lengths, jax.random.key(seed), jnp.float32(temperature or 1.0))
+    run = _generator(model.decode, model.init_cache, transform, max_new_tokens, temperature > 0, top_k, top_p)
+    # Arguments of the program, not constants of it: other end tokens or temperatures do not compile again.
+    rules = Rules(np.int32(ends or (-1,)), np.int32(pad), np.float32(temperature or 1.0))
+    out, counts = run(params, tokens, lengths, jax.random.key(seed), rules)
     return Generation(np.asarray(out), np.asarray(counts))
 
 
@@ -129,10 +136,8 @@ def _generator(
     sampled: bool,
     top_k: int | None,
     top_p: float | None,
-    ends: tuple[int, ...],
-    pad: int,
 ) -> Callable[..., tuple[Array, Array]]:
-    """The jitted program (params, tokens, lengths, key, temperature) -> (new tokens, their number)."""
+    """The jitted program (params, tokens, lengths, key, rules) -> (new tokens, their number)."""
     decode = transform(decode)
 
     def choose(logits: Array, key: Array, step: Array, temperature: Array) -> Array:
@@ -140,18 +145,17 @@ def _generator(
             return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
         return sample(logits[:, 0], jax.random.fold_in(key, step), temperature, top_k, top_p)
 
-    def is_end(token: Array) -> Array:
-        return jnp.isin(token, jnp.asarray(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
-
     @jax.jit
-    def run(
-        params: Any, tokens: Array, lengths: Array, key: Array, temperature: Array
-    ) -> tuple[Array, Array]:
+    def run(params: Any, tokens: Array, lengths: Array, key: Array, rules: Rules) -> tuple[Array, Array]:
         batch, width = tokens.shape
+
+        def is_end(token: Array) -> Array:
+            return jnp.any(token[:, None] == rules.ends, axis=1)
+
         cache = init_cache(batch, width + steps, params["embed"]["embedding"].dtype)
         logits, cache = decode(params, tokens, cache, jnp.zeros_like(lengths), lengths - 1)
-        token = choose(logits, key, jnp.int32(0), temperature)
-        out = jnp.full((batch, steps), pad, jnp.int32).at[:, 0].set(token)
+        token = choose(logits, key, jnp.int32(0), rules.temperature)
+        out = jnp.full((batch, steps), rules.pad).at[:, 0].set(token)
 
         def unfinished(state: tuple[Array, ...]) -> Array:
             step, done = state[0], state[2]
@@ -161,7 +165,7 @@ def _generator(
             step, token, done, out, counts, cache = state
             last = jnp.zeros_like(lengths)
             logits, cache = decode(params, token[:, None], cache, lengths + step - 1, last)
-            token = jnp.where(done, pad, choose(logits, key, step, temperature))
+            token = jnp.where(done, rules.pad, choose(logits, key, step, rules.temperature))
             counts = counts + ~done
             return step + 1, token, done | is_end(token), out.at[:, step].set(token), counts, cache
 

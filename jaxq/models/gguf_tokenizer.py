@@ -5,7 +5,7 @@ Token types in the file: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unuse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -44,11 +44,19 @@ def build(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | None:
     if kind not in makers:
         raise JaxqError(f"the GGUF file's tokenizer {kind!r} is not supported; jaxq knows gpt2 and llama")
     try:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
-        tokenizer = makers[kind](tokens, types, metadata)
+        return _assemble(makers[kind], metadata)
+    except JaxqError:
+        raise
     except KeyError as error:
         raise JaxqError(f"the GGUF file's tokenizer lacks {error}: convert the model again") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise JaxqError(f"the GGUF file's tokenizer is damaged ({error}): convert the model again") from error
+
+
+def _assemble(make: Callable[..., Tokenizer], metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
+    tokenizer = make(tokens, types, metadata)
     added = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
     tokenizer.add_tokens(
         [

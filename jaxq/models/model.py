@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxq.errors import JaxqError
@@ -109,14 +110,19 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, 
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
-def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random parameters for tests and benchmarks; a leaf depends on the key and on its place in the tree."""
-    leaves, tree = jax.tree.flatten(abstract_params(config, dtype))
-    drawn = [
-        (jax.random.normal(jax.random.fold_in(key, i), leaf.shape) * (0.02 if len(leaf.shape) > 1 else 0.1))
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(tree, [x.astype(dtype) for x in drawn])
+def init_params(
+    config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, scale: float = 0.02
+) -> dict[str, Any]:
+    """Random, for tests and benchmarks: matrices and biases of deviation `scale`, norms near 1."""
+
+    def draw(i: int, keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        # numpy, since drawing with jax.random would compile a program for every shape.
+        x = np.random.default_rng((seed, i)).standard_normal(leaf.shape, np.float32)
+        x = 1.0 + 0.1 * x if keys[-1].key == "scale" else scale * x
+        return jnp.asarray(x.astype(leaf.dtype))
+
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
+    return jax.tree.unflatten(tree, [draw(i, *leaf) for i, leaf in enumerate(leaves)])
 
 
 @functools.cache

@@ -69,7 +69,20 @@ def factorize(hessian: Float[Array, "in in"], damping: Float[Array, ""]) -> Fact
     upper = lower[::-1, ::-1]
     coupling = upper / jnp.diagonal(upper)
     coupling = jnp.where(good, coupling, jnp.eye(size, dtype=jnp.float32))
-    return Factor(coupling, jnp.where(good, used, jnp.inf), ~good)
+    return Factor(coupling, used, ~good)
+
+
+def completions(coupling: Float[Array, "in in"], size: int) -> Float[Array, "slots size size"]:
+    """For each run of `size` rows, the inverse of the coupling's diagonal block.
+
+    Its transpose takes the errors that the run has received to the change of its rows that is best while they
+    are still free: the weights that Algorithm 1 of GPTQ shows when the run is reached, where a fresh grid is
+    fitted.
+    """
+    starts = jnp.arange(0, coupling.shape[0], size)
+    blocks = jax.vmap(lambda start: jax.lax.dynamic_slice(coupling, (start, start), (size, size)))(starts)
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=coupling.dtype), blocks.shape)
+    return jax.lax.linalg.triangular_solve(blocks, unit, left_side=True, unit_diagonal=True)
 
 
 def _add_to_diagonal(matrix: Array, values: Array) -> Array:

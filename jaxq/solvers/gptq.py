@@ -15,7 +15,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray
 from jaxq.formats.uniform import Uniform, UniformArray, assemble, split_groups
 from jaxq.solvers.common import RANGES, all_finite, canonical, check, check_weights
-from jaxq.solvers.factor import factorize, normalize
+from jaxq.solvers.factor import completions, factorize, normalize
 from jaxq.solvers.schedule import Schedule, plan
 from jaxq.solvers.walk import Grid, Walk
 
@@ -73,8 +73,8 @@ def gptq_solve(
 ) -> tuple[UniformArray, dict[str, Array]]:
     """`gptq` with diagnostics: (array, {"damping", "fallback", "error"}), each of the batch shape.
 
-    "damping": what was used, inf with the fallback; "fallback": no damping up to 1 sufficed, and the result
-    is round to nearest; "error": `output_error` of the result.
+    "damping": the last one tried; "fallback": no damping up to 1 sufficed, and the result is round to
+    nearest; "error": `output_error` of the result.
     """
     array, used = _checked(w, hessian, format, order, groups, damping, range, layout)
     return array, used | {"error": output_error(w, array, hessian)}
@@ -200,7 +200,8 @@ def _walk(
     if grid is not None and grid[0].shape[0] > 1:
         missing = schedule.padded - grid[0].shape[0]
         grid = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)], constant_values=1), grid)
-    codes, fitted = Walk(coupling, schedule, format, fit, grid).run(schedule.pad(w))
+    completion = completions(coupling, schedule.slot) if grid is None and schedule.slot else None
+    codes, fitted = Walk(coupling, schedule, format, fit, grid, completion).run(schedule.pad(w))
     grid = fitted if grid is None else grid
     assert grid is not None
     return schedule.unpad(codes), grid, {"damping": factor.damping, "fallback": factor.fallback}

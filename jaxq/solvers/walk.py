@@ -31,6 +31,7 @@ class Walk:
         format: the grid's settings.
         fit: scale and zero of a `(group, out)` piece.
         grid: scale and zero `(1, out or 1)` or `(in, out)`; None to fit one for each slot on the way.
+        completion: see `factor.completions`; needed for fitting only.
     """
 
     coupling: Float[Array, "in in"]
@@ -38,6 +39,7 @@ class Walk:
     format: Uniform
     fit: Callable[[Array], Grid]
     grid: Grid | None
+    completion: Float[Array, "slots slot slot"] | None = None
 
     def run(self, w: Float[Array, "in out"]) -> Found:
         """Codes `(in, out)` and the fitted grids `(slots, out)`, None if the grid was given."""
@@ -67,8 +69,9 @@ class Walk:
         """
         sizes = self.schedule.sizes
         fitted = None
-        if self.grid is None and sizes[level] == self.schedule.slot:
-            grid = fitted = self.fit(corrected)
+        if self.completion is not None and sizes[level] == self.schedule.slot:
+            inverse = jax.lax.dynamic_index_in_dim(self.completion, start // sizes[level], keepdims=False)
+            grid = fitted = self.fit(target + _feedback(inverse, corrected - target))
         if level == len(sizes) - 1:
             assert grid is not None
             error, codes = self._micro(start, corrected, target, grid)

@@ -1,11 +1,11 @@
 """Every family against the original in transformers; structure that jaxq.stages and jaxq.sites rely on."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import tiny_hf
@@ -45,11 +45,11 @@ def test_logits_equal_transformers(case, tmp_path):
 ABLATIONS = {
     "llama-gqa-llama3": {"rope": Rope()},
     "llama-linear": {"rope": Rope(500.0)},
-    "mistral-window": {"windows": (None,) * 3},
-    "qwen2-window": {"windows": (None,) * 3},
-    "qwen3-window": {"windows": (None,) * 3},
-    "gemma2": {"windows": (None,) * 3},
-    "gemma3": {"windows": (6, 6, 6)},
+    "mistral-window": {"windows": (None, None)},
+    "qwen2-window": {"windows": (None, None)},
+    "qwen3-window": {"windows": (None, None)},
+    "gemma2": {"windows": (None, None)},
+    "gemma3": {"windows": (6, 6)},
     "gemma3-ropes": {"local_rope": None},
 }
 SCALARS = {
@@ -63,11 +63,17 @@ SCALARS = {
     "case,change", [*ABLATIONS.items(), *((case, c) for case, changes in SCALARS.items() for c in changes)]
 )
 def test_every_trait_matters(case, change):
+    model, logits = whole(case)
+    changed = build(dataclasses.replace(model.config, **change), model.params)
+    assert np.abs(ours(changed) - logits).max() > 1e-2
+
+
+@functools.cache
+def whole(case):
     kind, settings = tiny_hf.CASES[case]
     config = ModelConfig.from_hf(tiny_hf.TINY | {"model_type": tiny_hf.MODEL_TYPES[kind]} | settings)
-    params = jax.tree.map(lambda x: 12.5 * x, init_params(config, jax.random.key(0)))
-    model, changed = build(config, params), build(dataclasses.replace(config, **change), params)
-    assert np.abs(ours(changed) - ours(model)).max() > 1e-2
+    model = build(config, init_params(config, scale=0.25))
+    return model, ours(model)
 
 
 @pytest.mark.parametrize("case", tiny_hf.FAMILIES)
@@ -94,7 +100,7 @@ def test_paths_and_shapes(model_type):
     assert shapes["embed/embedding"] == (97, 32)
     assert shapes["layers/0/attention/query/kernel"] == (32, width)
     assert shapes["layers/0/attention/key/kernel"] == (32, width // 2)
-    assert shapes["layers/2/attention/output/kernel"] == (width, 32)
+    assert shapes["layers/1/attention/output/kernel"] == (width, 32)
     assert shapes["layers/1/mlp/gate/kernel"] == shapes["layers/1/mlp/up/kernel"] == (32, 48)
     assert shapes["layers/1/mlp/down/kernel"] == (48, 32)
     assert shapes["layers/0/attention_norm/scale"] == shapes["norm/scale"] == (32,)
@@ -102,12 +108,12 @@ def test_paths_and_shapes(model_type):
     assert ("layers/0/attention/query/bias" in shapes) == (model_type == "qwen2")
     assert ("layers/0/attention/query_norm/scale" in shapes) == (model_type in ("qwen3", "gemma3_text"))
     assert ("layers/0/mlp_post_norm/scale" in shapes) == model_type.startswith("gemma")
-    params = init_params(config, jax.random.key(1), jnp.bfloat16)
+    params = init_params(config, 1, jnp.bfloat16)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, abstract_params(config))
 
 
 def segments(closed) -> list[str]:
-    """The jaxpr cut at the "block" names, each piece printed with variables numbered in order of appearance."""
+    """The jaxpr cut at the "block" names, each piece printed with variables numbered as they appear."""
     pieces, equations = [], []
     for equation in closed.jaxpr.eqns:
         equations.append(equation)
@@ -126,7 +132,9 @@ def segments(closed) -> list[str]:
         lines = []
         for e in piece:
             settings = sorted((key, str(value)) for key, value in e.params.items())
-            lines.append(f"{[name(v) for v in e.outvars]} = {e.primitive} {settings} {[name(v) for v in e.invars]}")
+            lines.append(
+                f"{[name(v) for v in e.outvars]} = {e.primitive} {settings} {[name(v) for v in e.invars]}"
+            )
         return "\n".join(lines)
 
     return [show(piece) for piece in pieces]
@@ -198,16 +206,19 @@ PUBLISHED = {
                      rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6),
                 dict(windows=(512,) * 5 + (None, 512), rope=Rope(1e6), local_rope=Rope(1e4))),
     "gemma 3 image-text": (
-        dict(model_type="gemma3", text_config=dict(hidden_size=2560, rope_scaling=dict(factor=8.0, rope_type="linear"),
-                                                   sliding_window=1024, num_hidden_layers=6)),
-        dict(hidden_size=2560, rope=Rope(1e6, "linear", 8.0), local_rope=Rope(1e4), windows=(1024,) * 5 + (None,))),
+        dict(model_type="gemma3",
+             text_config=dict(hidden_size=2560, rope_scaling=dict(factor=8.0, rope_type="linear"),
+                              sliding_window=1024, num_hidden_layers=6)),
+        dict(hidden_size=2560, rope=Rope(1e6, "linear", 8.0), local_rope=Rope(1e4),
+             windows=(1024,) * 5 + (None,)),
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_spellings_of_configs(name):
     hf, expected = PUBLISHED[name]
-    config = ModelConfig.from_hf(tiny_hf.TINY | hf)
+    config = ModelConfig.from_hf(tiny_hf.TINY | {"num_hidden_layers": 3} | hf)
     assert {key: getattr(config, key) for key in expected} == expected
 
 
@@ -216,7 +227,7 @@ def test_published_spellings_of_configs(name):
     [
         (dict(model_type="gpt2"), "gpt2.*supported.*gemma2.*llama.*qwen3"),
         (dict(model_type=None), "model_type None"),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "'yarn' is not supported; use default, linear or llama3"),
+        (dict(rope_scaling=dict(rope_type="yarn")), "'yarn' is not supported; use default, linear or llama3"),
         (dict(rope_scaling=dict(rope_type="linear")), "needs 'factor'"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(quantization_config={"bits": 4}), "already quantized"),
@@ -226,7 +237,7 @@ def test_published_spellings_of_configs(name):
         (dict(head_dim=7), "even head size"),
         (dict(hidden_act="mish"), "'mish'"),
         (dict(model_type="qwen2", layer_types=["full_attention"]), "layer_types"),
-        (dict(model_type="qwen2", layer_types=["sliding_attention"] * 3), "sliding_window is not set"),
+        (dict(model_type="qwen2", layer_types=["sliding_attention"] * 2), "sliding_window is not set"),
         (dict(model_type="gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
     ],
 )  # fmt: skip
@@ -238,7 +249,11 @@ def test_unsupported_configs_are_one_clear_line(changes, message):
 
 def test_broken_jaxq_configs():
     good = ModelConfig.from_hf(tiny_hf.plain_config("llama")).to_dict()
-    for bad in (good | {"surprise": 1}, {k: v for k, v in good.items() if k != "rope"}, good | {"heads": None}):
+    for bad in (
+        good | {"surprise": 1},
+        {k: v for k, v in good.items() if k != "rope"},
+        good | {"heads": None},
+    ):
         with pytest.raises(JaxqError, match="not a jaxq model config"):
             ModelConfig.from_dict(bad)
     with pytest.raises(JaxqError, match="unknown model family 'x'"):
@@ -246,11 +261,10 @@ def test_broken_jaxq_configs():
 
 
 @pytest.mark.parametrize("model_type", tiny_hf.PLAIN)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_forward_is_causal_and_finite(model_type, dtype):
+def test_forward_is_causal_and_finite(model_type):
     """Also the check that runs where torch is not installed."""
     config = ModelConfig.from_hf(tiny_hf.plain_config(model_type))
-    model = build(config, init_params(config, jax.random.key(3), dtype))
+    model = build(config, init_params(config, 3, jnp.bfloat16))
     changed = TOKENS.copy()
     changed[:, 13:] = 5
     a, b = ours(model), ours(model, tokens=changed)

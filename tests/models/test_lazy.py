@@ -17,7 +17,12 @@ from jaxq.models.shards import Tensor
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), turn=st.booleans(), dtype=st.sampled_from([np.float32, BF16]))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    turn=st.booleans(),
+    dtype=st.sampled_from([np.float32, BF16]),
+)
 def test_lazy_equals_its_values(rows, columns, turn, dtype):
     stored = np.arange(rows * columns, dtype=np.float16).reshape(rows, columns)
     view = stored.T if turn else stored
@@ -26,7 +31,11 @@ def test_lazy_equals_its_values(rows, columns, turn, dtype):
     assert values.dtype == dtype and values.flags.c_contiguous and values.flags.writeable
     np.testing.assert_array_equal(values, view.astype(dtype))
     np.testing.assert_array_equal(leaf[1:3], view.astype(dtype)[1:3])
-    assert (leaf.ndim, leaf.size, leaf.nbytes) == (2, rows * columns, rows * columns * np.dtype(dtype).itemsize)
+    assert (leaf.ndim, leaf.size, leaf.nbytes) == (
+        2,
+        rows * columns,
+        rows * columns * np.dtype(dtype).itemsize,
+    )
     assert jnp.asarray(leaf).dtype == dtype
     assert np.asarray(leaf, np.float64).dtype == np.float64
 

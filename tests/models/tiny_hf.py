@@ -15,7 +15,7 @@ TINY = dict(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=128,
@@ -35,23 +35,30 @@ LOCAL_GLOBAL = {
     "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
     "sliding_attention": dict(rope_type="default", rope_theta=1e4),
 }
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=500.0)
+ODD_HEADS = dict(num_attention_heads=3, hidden_size=48, num_key_value_heads=1)
+WINDOW = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+GEMMA = dict(head_dim=16, sliding_window=6, query_pre_attn_scalar=24)
 
 # name -> (config class, settings on top of TINY). Windows are shorter than the 24 tokens of the tests.
 CASES = {
     "llama-gqa-llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3)),
     "llama-biases": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
-    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))),
-    "smollm-tied": ("LlamaConfig", dict(num_attention_heads=3, hidden_size=48, num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama-linear": ("LlamaConfig", dict(rope_parameters=LINEAR)),
+    "smollm-tied": ("LlamaConfig", dict(ODD_HEADS, tie_word_embeddings=True)),
     "mistral-window": ("MistralConfig", dict(sliding_window=5)),
     "mistral-full": ("MistralConfig", dict(sliding_window=None, head_dim=16)),
     "qwen2": ("Qwen2Config", dict()),
-    "qwen2-window": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True)),
+    "qwen2-window": ("Qwen2Config", dict(WINDOW, tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", dict(head_dim=16)),
-    "qwen3-window": ("Qwen3Config", dict(head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=2, attention_bias=True)),
-    "gemma2": ("Gemma2Config", dict(head_dim=16, sliding_window=6, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=1.5)),
-    "gemma3": ("Gemma3TextConfig", dict(head_dim=16, sliding_window=6, query_pre_attn_scalar=24, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
-    "gemma3-ropes": ("Gemma3TextConfig", dict(head_dim=16, sliding_window=6, num_hidden_layers=7, rope_parameters=LOCAL_GLOBAL, final_logit_softcapping=1.0)),
-}  # fmt: skip
+    "qwen3-window": ("Qwen3Config", dict(WINDOW, head_dim=8, attention_bias=True)),
+    "gemma2": ("Gemma2Config", dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=1.5)),
+    "gemma3": ("Gemma3TextConfig", dict(GEMMA, layer_types=["sliding_attention", "full_attention"])),
+    "gemma3-ropes": (
+        "Gemma3TextConfig",
+        dict(GEMMA, num_hidden_layers=6, rope_parameters=LOCAL_GLOBAL, final_logit_softcapping=1.0),
+    ),
+}
 MODEL_TYPES = {
     "LlamaConfig": "llama",
     "MistralConfig": "mistral",
@@ -90,7 +97,7 @@ PLAIN = {
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=16),
     "gemma2": dict(head_dim=16, sliding_window=6),
-    "gemma3_text": dict(head_dim=16, sliding_window=6, num_hidden_layers=7),
+    "gemma3_text": dict(head_dim=16, sliding_window=6, sliding_window_pattern=2),
 }
 
 
@@ -100,14 +107,16 @@ def plain_config(model_type: str, **changes) -> dict:
 
 
 def write(path: Path, hf: dict, seed: int = 0, edit=lambda tensors: tensors) -> dict:
-    """Writes config.json and model.safetensors with random weights; gives the parameters. edit: changes tensors."""
+    """Writes config.json and random model.safetensors; gives the parameters. edit: tensors -> tensors."""
     config = ModelConfig.from_hf(hf)
-    params = init_params(config, jax.random.key(seed))
+    params = init_params(config, seed)
     tensors = {}
     for keys, leaf in jax.tree.leaves_with_path(params):
         name = "/".join(key.key for key in keys)
         value = np.asarray(leaf)
-        tensors[checkpoint_name(config, name)] = np.ascontiguousarray(value.T if name.endswith("kernel") else value)
+        tensors[checkpoint_name(config, name)] = np.ascontiguousarray(
+            value.T if name.endswith("kernel") else value
+        )
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(hf))
     save_file(edit(tensors), path / "model.safetensors")
