@@ -3,9 +3,9 @@
     python benchmarks/solvers.py --width 4096 --json out.json
 
 Times everything after the Hessian: damping, factorization, the walk, packing. The matrix is square, 4-bit in
-groups of 128 by default, the Hessian that of correlated inputs. Beside it: round to nearest, a plain NumPy float64
-GPTQ on the same machine's CPU, and, where `qwix` is installed, that library's contrib GPTQ (run as its own
-driver runs it: op by op; compile time grows with the width). Objectives are tr((W-Q)^T H (W-Q)) in
+groups of 128 by default, the Hessian that of correlated inputs. Beside it: round to nearest, a plain NumPy
+float64 GPTQ on the same machine's CPU, and, where `qwix` is installed, that library's contrib GPTQ (run as
+its own driver runs it: op by op; compile time grows with the width). Objectives are tr((W-Q)^T H (W-Q)) in
 float64, relative to round to nearest on the same grid.
 """
 
@@ -64,7 +64,7 @@ def objective(w: np.ndarray, dense: Any, hessian: np.ndarray) -> float:
 
 
 def plain_gptq(w: np.ndarray, hessian: np.ndarray, bits: int, group: int, block: int = 128) -> np.ndarray:
-    """Algorithm 1 of Frantar et al. 2023 in NumPy float64, rows being inputs, with its blocked lazy update."""
+    """Algorithm 1 of Frantar et al. 2023 in NumPy float64, rows being inputs, with its lazy update."""
     work, hessian = np.array(w, np.float64), np.array(hessian, np.float64)
     rows, levels = len(work), 2**bits - 1
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(rows)

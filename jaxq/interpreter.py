@@ -57,6 +57,17 @@ class Named:
     path: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """A value that a shard_map declared to differ over an axis only because the other operand does.
+
+    source: the value before that; statistics of it must not count its copies.
+    """
+
+    value: Any
+    source: Any
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["stacked", "levels"])
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -127,7 +138,11 @@ class Walk:
             path = "/".join(p for p in (self.scope_path(eqn), eqn.params["name"]) if p)
             value = self.plain(values[0])
             return [Named(value, path)], self.rules.named(path, value)
-        tracked = any(isinstance(v, (Leaf, Named)) for v in values)
+        if name == "pvary" and not any(isinstance(v, (Leaf, Named)) for v in values):
+            sources = [v.source if isinstance(v, Copies) else v for v in values]
+            outs = jaxprs.bind(eqn, [self.plain(v) for v in values])
+            return [Copies(o, s) for o, s in zip(outs, sources, strict=True)], {}
+        tracked = any(isinstance(v, (Leaf, Named, Copies)) for v in values)
         handler = NESTED.get(name)
         if handler is not None and (tracked or self.looks_inside(eqn)):
             inner = Walk(self.rules, self.level, "/".join(s for s in (self.scope, jaxprs.scope_of(eqn)) if s))
@@ -157,12 +172,15 @@ class Walk:
         def dense() -> Any:
             return jaxprs.bind(eqn, [v.dense() if isinstance(v, Leaf) else v for v in others])[0]
 
-        x = others[1 - found.operand] if found.kind != "embedding" else others[1]
-        out, records = self.rules.site(found, leaf, x if found.kind != "grouped" else others, dense)
+        sources = [v.source if isinstance(v, Copies) else o for v, o in zip(values, others, strict=True)]
+        data: Any = sources if found.kind == "grouped" else sources[1 - found.operand]
+        out, records = self.rules.site(found, leaf, data, dense)
         return [out], records
 
     def activation(self, eqn: Any, values: list[Any]) -> list[Any]:
         """A primitive on named activations only: the name stays through layout operations and scalings."""
+        if not any(isinstance(v, Named) for v in values):
+            return jaxprs.bind(eqn, [self.plain(v) for v in values])
         out = jaxprs.bind(eqn, [self.plain(v) for v in values])
         name = eqn.primitive.name
         if name == "dot_general":
@@ -177,7 +195,7 @@ class Walk:
 
     def plain(self, value: Any, reason: str | None = None) -> Any:
         """The value as an array; a leaf that this makes dense is reported with the reason."""
-        if isinstance(value, Named):
+        if isinstance(value, (Named, Copies)):
             return value.value
         if not isinstance(value, Leaf):
             return value
@@ -325,6 +343,7 @@ def _inline(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Records
 
 def _pack(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
     """Splits tracked values into pytrees of arrays and the way back."""
+    values = [v.value if isinstance(v, Copies) else v for v in values]
     arrays = [v.value if isinstance(v, (Leaf, Named)) else v for v in values]
 
     def unpack(arrays: Sequence[Any]) -> list[Any]:

@@ -82,4 +82,11 @@ def scope_of(eqn: Any) -> str:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Mesh axes over which the value differs inside a shard_map."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset(() if kind is None else kind.varying)
+
+
+def abstract_like(shape: Sequence[int], dtype: Any, parts: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    """A ShapeDtypeStruct that varies over the mesh axes over which any of the parts does."""
+    kinds = [jax.typeof(a).manual_axis_type for a in parts if varying_axes(a)]
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, **({"manual_axis_type": kinds[0]} if kinds else {}))

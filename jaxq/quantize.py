@@ -207,7 +207,11 @@ def quantize(
         raise JaxqError("there is no calibration data: give at least one batch")
     _check_shapes(given)
     found, chosen = targets(fn, params, given[0], recipe)
-    run = _Run(tracing.flatten(params), chosen, progress, start)
+    flat = tracing.flatten(params)
+    for path in chosen:
+        if is_quantized(flat[path]):
+            raise JaxqError(f"{path} is quantized already: give float parameters, or leave it out of the recipe")
+    run = _Run(flat, chosen, progress, start)
     if recipe.needs_data:
         run.by_stages(fn, params, given, None if weights is None else list(weights))
     else:
@@ -288,7 +292,7 @@ class _Run:
         floats: list[Any] = list(batches)
         stream = floats
         for n, stage in enumerate(pieces[: last + 1]):
-            leaves = [jnp.asarray(self.read(slot)) for slot in stage.paths]
+            leaves = [self.read(slot) for slot in stage.paths]
             due = self.due(stage)
             if due:
                 records = self.records(stage, leaves, due, stream, weights)
@@ -364,20 +368,19 @@ class _Run:
     # ---- one leaf ----------------------------------------------------------------------------------------
 
     def read(self, slot: Slot) -> Any:
+        """The slot's leaf as an array; a quantized one, which other parts of the model may hold, as it is."""
         leaf = self.flat[slot.path]
         if is_quantized(leaf) or isinstance(leaf, jax.Array):
             return slot.of(leaf)
-        return slot.of(np.asarray(leaf))
+        return jnp.asarray(slot.of(np.asarray(leaf)))
 
     def solve(self, slot: Slot, site: Site, rule: Rule, leaf: Any, state: Any) -> None:
-        if is_quantized(leaf):
-            raise JaxqError(f"{slot} is quantized already: give float parameters")
         assert rule.solver is not None and rule.format is not None
         begin = time.perf_counter()
         solver = SOLVERS[rule.solver]
         with _at(slot):
             importance = () if state is None else (STATISTICS[solver.statistic or ""].finalize(state),)
-            out = solver.solve(jnp.asarray(leaf), *importance, rule.format, layout=site.layout, **rule.options)
+            out = solver.solve(leaf, *importance, rule.format, layout=site.layout, **rule.options)
         array, used = out if isinstance(out, tuple) else (out, {})
         array = jax.block_until_ready(array)
         self.solved[slot] = array
@@ -420,9 +423,9 @@ class _Run:
                 slices.setdefault(slot.path, {})[slot.index] = array
         for path, parts in slices.items():
             out[path] = jax.tree.map(lambda *xs: jnp.stack(xs), *(parts[i] for i in sorted(parts)))
-        for path, leaf in self.flat.items():
+        for path in self.flat:
             if path not in out:
-                out[path] = leaf if is_quantized(leaf) else jnp.asarray(self.read(Slot(path)))
+                out[path] = self.read(Slot(path))
         return out
 
 

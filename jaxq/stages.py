@@ -183,9 +183,15 @@ class _Cutter:
         self.programs: dict[str, Program] = {}
         self.names: dict[Any, str] = {}
         self.segments: list[list[Any]] = [[]]
+        # The marks themselves are left out, so that a layer does not depend on what stands before it.
+        self.marked: dict[Any, Any] = {}
         for eqn in self.jaxpr.eqns:
-            self.place(eqn, cut)
-        self.segments[-1] += [e for v in self.jaxpr.outvars for e in self.chain(v)]
+            self.place(eqn.replace(invars=[self.unmarked(v) for v in eqn.invars]), cut)
+        self.outvars = [self.unmarked(v) for v in self.jaxpr.outvars]
+        self.segments[-1] += [e for v in self.outvars for e in self.chain(v)]
+
+    def unmarked(self, var: Any) -> Any:
+        return var if isinstance(var, jaxprs.Literal) else self.marked.get(var, var)
 
     def place(self, eqn: Any, cut: str) -> None:
         first = eqn.invars[0] if eqn.invars else None
@@ -193,8 +199,11 @@ class _Cutter:
             self.sunk[eqn.outvars[0]] = eqn
             self.index_slot(eqn, first)
             return
-        self.segments[-1].append(eqn)
-        if _is_cut(eqn, cut) and any(e.primitive.name != "name" for e in self.segments[-1]):
+        if not _is_cut(eqn, cut):
+            self.segments[-1].append(eqn)
+            return
+        self.marked[eqn.outvars[0]] = first
+        if self.segments[-1]:
             self.segments.append([])
 
     def index_slot(self, eqn: Any, var: Any) -> None:
@@ -236,7 +245,7 @@ class _Cutter:
 
     def stages(self) -> list[Stage]:
         pieces = [self.equations(s) for s in self.segments]
-        returned = [v for v in self.jaxpr.outvars if not isinstance(v, jaxprs.Literal)]
+        returned = [v for v in self.outvars if not isinstance(v, jaxprs.Literal)]
         needed = [{v for e in p for v in e.invars if not isinstance(v, jaxprs.Literal)} for p in pieces]
         out, later = [], set(returned)
         for eqns, used in reversed(list(zip(pieces, needed, strict=True))):
@@ -312,7 +321,7 @@ def stages(fn: Callable[..., Any], params: Any, *args: Any, cut: str = "block", 
         return dict(zip(data, leaves, strict=True))
 
     def finish(env: Carry) -> Any:
-        outs = [v.val if isinstance(v, jaxprs.Literal) else env[cutter.name(v)] for v in cutter.jaxpr.outvars]
+        outs = [v.val if isinstance(v, jaxprs.Literal) else env[cutter.name(v)] for v in cutter.outvars]
         return call.finish(outs)
 
     out[0] = dataclasses.replace(out[0], start=start)

@@ -56,8 +56,7 @@ def _dense_abstract(x: Any) -> Any:
     if not is_quantized(x):
         # Weights that lie on disk are traced by their shape alone.
         return x if isinstance(x, (jax.Array, np.ndarray)) else jax.ShapeDtypeStruct(x.shape, x.dtype)
-    varying = frozenset().union(*(jaxprs.varying_axes(a) for a in jax.tree.leaves(x) if isinstance(a, jax.Array)))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, **({"vma": varying} if varying else {}))
+    return jaxprs.abstract_like(x.shape, x.dtype, [a for a in jax.tree.leaves(x) if isinstance(a, jax.Array)])
 
 
 def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call:

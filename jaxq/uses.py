@@ -97,7 +97,7 @@ def _dot(eqn: Any, operand: int, view: View) -> Use | str:
 def _gathered(use: Use, dims: Sequence[int]) -> tuple[list[int], list[int]]:
     """Sizes of the atoms behind view dimensions, and the permutation that puts their stored axes in order."""
     atoms = [a for d in dims for a in use.view.axes[d]]
-    return [a.size for a in atoms], [int(i) for i in np.argsort([a.axis for a in atoms], kind="stable")]
+    return [a.size for a in atoms], sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].inner))
 
 
 def _canonical_dot(use: Use, x: jax.Array) -> jax.Array:

@@ -112,10 +112,10 @@ class View:
 
         Stored axes of size 1 belong to no axis of the view and are left out.
         """
-        atoms = [a for d in dims for a in self.axes[d]]
-        if any(a.inner != 1 or a.size != self.base[a.axis] for a in atoms):
-            return None
-        return tuple(a.axis for a in atoms)
+        sizes: dict[int, int] = {}
+        for atom in (a for d in dims for a in self.axes[d]):
+            sizes[atom.axis] = sizes.get(atom.axis, 1) * atom.size
+        return tuple(sizes) if all(self.base[axis] == n for axis, n in sizes.items()) else None
 
     def apply(self, array: jax.Array) -> jax.Array:
         """The view of a dense stored array, as an array."""

@@ -170,7 +170,7 @@ def experts() -> Case:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         gates = jax.nn.softmax(x @ p["router"])
         h = jax.nn.silu(jnp.einsum("td,edf->etf", x, p["up"]))
-        y = jnp.einsum("etf,efd,te->td", h, p["down"], gates)
+        y = jnp.einsum("etd,te->td", jnp.einsum("etf,efd->etd", h, p["down"]), gates)
         choice = jnp.argmax(gates, axis=-1)
         order = jnp.argsort(choice)
         sizes = jnp.bincount(choice, length=4).astype(jnp.int32)

@@ -37,8 +37,8 @@ class Rules(NamedTuple):
     """When to stop, what to fill with, how hot to sample."""
 
     ends: Int[np.ndarray, " K"]
-    pad: np.int32
-    temperature: np.float32
+    pad: Int[Array, ""] | np.int32
+    temperature: Float[Array, ""] | np.float32
 
 
 def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def generate(
     pad = model.config.pad if model.config.pad is not None else (ends[0] if ends else 0)
     run = _generator(model.decode, model.init_cache, transform, max_new_tokens, temperature > 0, top_k, top_p)
     # Arguments of the program, not constants of it: other end tokens or temperatures do not compile again.
-    rules = Rules(np.int32(ends or (-1,)), np.int32(pad), np.float32(temperature or 1.0))
+    rules = Rules(np.asarray(ends or (-1,), np.int32), np.int32(pad), np.float32(temperature or 1.0))
     out, counts = run(params, tokens, lengths, jax.random.key(seed), rules)
     return Generation(np.asarray(out), np.asarray(counts))
 
@@ -140,7 +140,7 @@ def _generator(
     """The jitted program (params, tokens, lengths, key, rules) -> (new tokens, their number)."""
     decode = transform(decode)
 
-    def choose(logits: Array, key: Array, step: Array, temperature: Array) -> Array:
+    def choose(logits: Array, key: Array, step: Array, temperature: Any) -> Array:
         if not sampled:
             return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
         return sample(logits[:, 0], jax.random.fold_in(key, step), temperature, top_k, top_p)

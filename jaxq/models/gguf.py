@@ -48,6 +48,7 @@ BLOCK_NAMES = {
     "mlp_post_norm": "post_ffw_norm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+_MOST_LAYERS = 1 << 14  # more than any model has; a damaged count must not exhaust memory
 
 # Of Gemma's sizes these alone scale queries by (hidden / heads)^-0.5; the file does not say so.
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -96,6 +97,8 @@ def read_config(file: gguf_file.File) -> ModelConfig:
                 f"{file.path}: {key} is {get.size(key)}, jaxq needs it to be the head size {head_dim}"
             )
     layers = get.size("block_count")
+    if layers > _MOST_LAYERS:
+        raise JaxqError(f"{file.path} is damaged: it claims to have {layers} layers")
     gemma = family.startswith("gemma")
     scaled = gemma and layers == GEMMA_27B_LAYERS[family]
     rope = read_rope(file, get, head_dim)
@@ -212,7 +215,7 @@ def match(config: ModelConfig, file: gguf_file.File, dtype: np.dtype) -> dict[st
 
     params = jax.tree.map_with_path(find, abstract_params(config, dtype))
     if left:
-        some = ", ".join(sorted(left)[:3])
+        some = ", ".join(map(repr, sorted(left)[:3]))
         raise JaxqError(f"{file.path}: {len(left)} tensors that {config.family} has no place for: {some}")
     return params
 

@@ -96,7 +96,7 @@ def read(path: str | os.PathLike[str]) -> File:
     for tensor in tensors.values():
         if tensor.offset + tensor.nbytes > total:
             raise JaxqError(
-                f"{path} is cut short: tensor {tensor.name} ends at byte {tensor.offset + tensor.nbytes} "
+                f"{path} is cut short: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} "
                 f"but the file has {total}: fetch it again"
             )
     return File(path, metadata, tensors)
@@ -128,12 +128,12 @@ def _header(cursor: _Cursor, path: str) -> tuple[dict[str, Any], dict[str, Tenso
         kind = _type_name(number)
         if kind not in TYPES:
             raise JaxqError(
-                f"{path}: tensor {name} has type {kind}, not supported; jaxq reads {', '.join(TYPES)}"
+                f"{path}: tensor {name!r} has type {kind}, not supported; jaxq reads {', '.join(TYPES)}"
             )
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if not shape or shape[-1] % block or name in tensors:
             raise JaxqError(
-                f"{path} is damaged: {name} has shape {shape} in blocks of {block}, or comes twice"
+                f"{path} is damaged: {name!r} has shape {shape} in blocks of {block}, or comes twice"
             )
         tensors[name] = Tensor(name, shape, kind, start + offset, math.prod(shape) // block * size)
     return metadata, tensors

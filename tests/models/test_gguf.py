@@ -249,6 +249,11 @@ def test_numbers_repeated_for_each_layer():
         config_from("llama", **{"attention.head_count_kv": np.array([8, 4])})
 
 
+def test_an_absurd_number_of_layers():
+    with pytest.raises(JaxqError, match="claims to have 2147483647 layers"):
+        config_from("llama", block_count=2**31 - 1)
+
+
 def test_llama3_rope_factors(tmp_path):
     config = dataclasses.replace(config_of("llama"), rope=Rope(5e5, "llama3", 32.0, 1.0, 4.0, 8192))
     wave = [2 * np.pi * 5e5 ** (i / 8) for i in (0, 2, 4, 6)]
@@ -329,7 +334,7 @@ def test_unknown_architecture_type_and_tensors(tmp_path):
     for edit, message in [
         (
             lambda t: t | {"blk.0.attn_sinks.weight": np.ones(4, np.float32)},
-            "1 tensors .* no place for: blk.0.attn_s",
+            "1 tensors .* no place for: 'blk.0.attn_s",
         ),
         (lambda t: {name: value for name, value in t.items() if name != up}, f"lacks the tensor {up}"),
         (lambda t: t | {up: np.ones((48, 31), np.float32)}, f"{up} has shape .*, the metadata asks for"),
@@ -353,7 +358,8 @@ def test_abstract_params_need_no_file(tmp_path):
 
 
 def add_tiny_bpe(writer) -> None:
-    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(ord("a"), ord("z") + 1)), *(f"x{i}" for i in range(68))]
+    letters = map(chr, range(ord("a"), ord("z") + 1))
+    tokens = ["<unk>", "<s>", "</s>", *letters, "ab", *(f"x{i}" for i in range(67))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

@@ -1,4 +1,4 @@
-"""GPTQ against the paper's algorithm in float64, and its laws."""
+"""GPTQ against the paper's algorithm in float64, and at its limits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from gptq_oracle import gptq as plain_gptq
 from gptq_oracle import objective, problem
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import PartitionSpec as P
 
 from jaxq.errors import JaxqError
-from jaxq.formats import Layout, Uniform
+from jaxq.formats import Uniform
 from jaxq.formats.packing import unpack
 from jaxq.solvers import gptq as solver
 from jaxq.solvers import schedule
@@ -68,85 +65,6 @@ def test_equals_the_paper_over_many_panels(monkeypatch):
     np.testing.assert_array_equal(codes_of(q), codes)
 
 
-def test_identity_hessian_is_round_to_nearest_bit_for_bit():
-    w, _ = problem(0, ROWS, OUT)
-    for change in ({}, {"groups": "static"}, {"order": "activation"}):
-        q, plain = gptq(w, 3 * np.eye(ROWS, dtype=np.float32), GROUPED, **change), rtn(w, GROUPED)
-        jax.tree.map(np.testing.assert_array_equal, q, plain)
-
-
-def test_heavy_damping_is_round_to_nearest():
-    w, hessian = problem(1, ROWS, OUT)
-    q = gptq(w, hessian, GROUPED, damping=1e8, groups="static")
-    np.testing.assert_array_equal(codes_of(q), codes_of(rtn(w, GROUPED)))
-
-
-@given(seed=st.integers(0, 10_000), correlation=st.floats(0.3, 2), bits=st.sampled_from([2, 4]))
-@settings(max_examples=20)
-def test_objective_is_not_above_round_to_nearest(seed, correlation, bits):
-    w, hessian = problem(seed, ROWS, OUT, correlation)
-    format = Uniform(bits, None)
-    assert objective(w, gptq(w, hessian, format).matrix(), hessian) <= objective(
-        w, rtn(w, format).matrix(), hessian
-    )
-
-
-@given(seed=st.integers(0, 10_000))
-@settings(max_examples=10)
-def test_permuting_inputs_permutes_the_result(seed):
-    w, hessian = problem(seed, ROWS, OUT)
-    order = np.random.default_rng(seed).permutation(ROWS)
-    format = Uniform(4, None)
-    assume(plain_gptq(w, hessian, format, activation=True)[2] > 1e-4)
-    q = gptq(w, hessian, format, order="activation")
-    moved = gptq(w[order], hessian[np.ix_(order, order)], format, order="activation")
-    np.testing.assert_array_equal(codes_of(moved), codes_of(q)[order])
-
-
-@pytest.mark.parametrize(("micro", "block", "panel"), [(8, 32, 32), (4, 16, 64)])
-def test_piece_sizes_do_not_change_the_result(monkeypatch, micro, block, panel):
-    w, hessian = problem(2, ROWS, OUT)
-    assert plain_gptq(w, hessian, GROUPED, static=True)[2] > 1e-4
-    expected = gptq(w, hessian, GROUPED, groups="static")
-    for name, size in zip(("MICRO", "BLOCK", "PANEL"), (micro, block, panel), strict=True):
-        monkeypatch.setattr(schedule, name, size)
-    again = jax.jit(lambda w, h: gptq(w, h, GROUPED, groups="static"))(w, hessian)
-    jax.tree.map(np.testing.assert_array_equal, again, expected)
-
-
-def test_batch_equals_one_by_one():
-    problems = [problem(seed, ROWS, OUT) for seed in range(3)]
-    w, hessians = (np.stack(parts) for parts in zip(*problems, strict=True))
-    # The last lane needs more damping than the others: lanes must not disturb each other.
-    hessians[2] -= 0.02 * np.diag(hessians[2]).mean() * np.eye(ROWS, dtype=np.float32)
-    hessians[2][0] = hessians[2][:, 0] = 0
-    hessians[2][0, 0] = 1e-3
-    batch, used = gptq_solve(w, hessians, GROUPED)
-    assert batch.shape == (3, ROWS, OUT)
-    for lane in range(3):
-        one, alone = gptq_solve(w[lane], hessians[lane], GROUPED)
-        np.testing.assert_allclose(batch[lane].matrix(), one.matrix(), rtol=1e-6)
-        for name, value in alone.items():
-            np.testing.assert_allclose(used[name][lane], value, rtol=1e-4)
-
-
-def test_a_hessian_can_be_shared_by_a_batch():
-    w, hessian = problem(0, ROWS, 3 * OUT)
-    stacked = np.stack(np.split(w, 3, axis=1))
-    q = gptq(stacked, hessian, GROUPED)
-    np.testing.assert_array_equal(np.concatenate(q.matrix(), axis=1), gptq(w, hessian, GROUPED).matrix())
-
-
-def test_layout_and_dtype_are_kept():
-    w, hessian = problem(0, ROWS, OUT)
-    leaf = jnp.asarray(w.T.reshape(2, 3, 8, 9), jnp.bfloat16)
-    layout = Layout.of(leaf.shape, (2, 3), (0, 1))
-    q = gptq(leaf, hessian, GROUPED, layout=layout)
-    assert q.shape == leaf.shape and q.dtype == jnp.bfloat16
-    plain = gptq(layout.to_canonical(leaf).astype(jnp.float32), hessian, GROUPED)
-    np.testing.assert_array_equal(q.matrix(jnp.float32), plain.matrix())
-
-
 def test_dead_inputs_become_zero_and_disturb_nothing():
     w, hessian = problem(3, ROWS, OUT)
     dead = [0, 7, ROWS - 1]
@@ -157,9 +75,9 @@ def test_dead_inputs_become_zero_and_disturb_nothing():
     format = Uniform(4, None)
     q = gptq(w, hessian, format)
     assert (np.asarray(q.matrix())[dead] == 0).all()
-    alone = gptq(w[live], hessian[np.ix_(live, live)], format)
-    assert plain_gptq(w[live], hessian[np.ix_(live, live)], format)[2] > 1e-5
-    np.testing.assert_array_equal(np.asarray(q.matrix())[live], alone.matrix())
+    expected, _, margin = plain_gptq(w[live], hessian[np.ix_(live, live)], format)
+    assert margin > 1e-5
+    np.testing.assert_allclose(np.asarray(q.matrix())[live], expected, rtol=1e-6)
     nothing = gptq(w, np.zeros_like(hessian), format)
     assert (np.asarray(nothing.matrix()) == 0).all()
 
@@ -192,22 +110,6 @@ def test_error_is_that_of_the_output():
     assert float(used["error"]) == pytest.approx(exact, rel=1e-4)
     assert float(output_error(w, q, hessian)) == pytest.approx(exact, rel=1e-4)
     assert float(output_error(np.zeros_like(w), rtn(np.zeros_like(w), GROUPED), hessian)) == 0
-
-
-def test_sharded_along_out_equals_unsharded():
-    w, hessian = problem(6, ROWS, 16)
-    q = gptq(w, hessian, GROUPED)
-    devices = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = q.partition_specs(P(None, "model"))
-    sharded = jax.shard_map(
-        lambda w, h: gptq(w, h, GROUPED),
-        mesh=devices,
-        in_specs=(P(None, "model"), P()),
-        out_specs=specs,
-        check_vma=False,
-    )
-    assert plain_gptq(w, hessian, GROUPED)[2] > 1e-5
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(sharded)(w, hessian), q)
 
 
 @pytest.mark.parametrize("size", [64, 128, 1024, None])
