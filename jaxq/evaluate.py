@@ -11,20 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxq import tracing
 from jaxq.data import windows as windows
 from jaxq.errors import JaxqError
+from jaxq.formats.base import is_quantized
+from jaxq.stages import Stage, run, stages
 
 _LOGITS = 1 << 28  # bytes of float32 logits that one batch may hold
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def token_nll(
-    apply: Callable[[Any, Array], Array], params: Any, tokens: Int[Array, "B T"]
-) -> Float[Array, "B T-1"]:
+@jax.jit
+def token_nll(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
     """Negative log-likelihood (float32, natural logarithm) of each token after the first."""
-    logits = apply(params, tokens)[:, :-1].astype(jnp.float32)
+    logits = logits[:, :-1].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+@functools.lru_cache(maxsize=4)
+def _pieces(apply: Callable[..., Any], tree: Any, shapes: tuple[Any, ...], batch: tuple[int, int]) -> list[Stage]:
+    """The model's stages, kept so that evaluating again does not compile again."""
+    params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*s) for s in shapes])
+    return stages(apply, params, jax.ShapeDtypeStruct(batch, jnp.int32))
 
 
 def perplexity(
@@ -37,9 +45,9 @@ def perplexity(
 ) -> dict[str, float | int]:
     """exp of the mean negative log-likelihood of every token but the first of each window.
 
-    apply: (params, tokens [B, T]) -> logits [B, T, V]; wrap it with `jaxq.quantized` for quantized leaves. It
-    is compiled once (pass the same object again to keep that), and the logits stay inside the compiled
-    function.
+    apply: (params, tokens [B, T]) -> logits [B, T, V]. It runs stage by stage, so that equal layers compile once
+    and are kept compiled for the next call with the same function.
+    params: leaves may be quantized, or handles that are read when their stage comes.
     batch: windows at a time; None takes as many as keep the logits within 256 MiB, at most 8.
     progress: called with (windows done, windows, perplexity so far).
     Returns {"perplexity": float, "tokens": how many were scored}. Raises `JaxqError` for windows that cannot
@@ -49,9 +57,10 @@ def perplexity(
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise JaxqError(f"perplexity needs windows of at least 2 tokens, (count, length); got {tokens.shape}")
     count, length = tokens.shape
-    params = jax.tree.map(jnp.asarray, params)
-    one = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    vocab = jax.eval_shape(apply, params, one).shape[-1]
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
+    shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in leaves)
+    one = _pieces(apply, tree, shapes, (1, length))
+    vocab = one[-1].program.output_avals[-1].shape[-1]
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise JaxqError(
             f"token ids run from {tokens.min()} to {tokens.max()}, the model has {vocab}: "
@@ -61,12 +70,15 @@ def perplexity(
     step = min(count, fits if batch is None else batch)
     if step < 1:
         raise JaxqError(f"a batch needs at least 1 window, got {batch}")
+    pieces = _pieces(apply, tree, shapes, (step, length))
+    flat = tracing.flatten(params)
     total, scored = 0.0, 0
     for start in range(0, count, step):
         rows = tokens[start : start + step]
         # The last batch is filled up so that it has the shape that was compiled.
         full = np.resize(rows, (step, length))
-        total += float(np.asarray(token_nll(apply, params, full), np.float64)[: len(rows)].sum())
+        nll = token_nll(run(pieces, flat, full), full)
+        total += float(np.asarray(nll, np.float64)[: len(rows)].sum())
         scored += rows.size - len(rows)
         if progress is not None:
             progress(start + len(rows), count, float(np.exp(total / scored)))

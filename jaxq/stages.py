@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxpr_as_fun
 
 from jaxq import jaxprs, tracing
 from jaxq.errors import JaxqError
+from jaxq.formats.base import is_quantized
 from jaxq.quantized import quantized
 
 Carry = dict[str, Any]
@@ -58,7 +60,7 @@ class Program:
     def __init__(self, closed: Any, parameters: int, key: str):
         self.key = key
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
-        self.leaf_avals, self.input_avals = avals[:parameters], avals[parameters:]
+        self.leaf_avals, self.input_avals, self.output_avals = avals[:parameters], avals[parameters:], closed.out_avals
         plain = jaxpr_as_fun(closed)
         self.run: Callable[..., list[Any]] = quantized(lambda leaves, inputs: plain(*leaves, *inputs))
         self.call = jax.jit(self.run)
@@ -85,7 +87,7 @@ class Stage:
     def take(self, params: Any) -> dict[str, Any]:
         """The stage's parameters out of the whole pytree (or out of its flat form {path: leaf})."""
         flat = tracing.flatten(params)
-        return {slot: slot.of(flat[slot.path]) for slot in self.paths}
+        return {slot: slot.of(_read(flat[slot.path])) for slot in self.paths}
 
     def inputs(self, carry: Any) -> list[Any]:
         """The program's inputs out of the carry."""
@@ -105,6 +107,11 @@ class Stage:
             raise JaxqError(f"this stage needs {', '.join(missing)}: give Stage.take(params)")
         outputs = self.program.call([stage_params[p] for p in self.paths], self.inputs(carry))
         return self.advance(carry, outputs)
+
+
+def _read(leaf: Any) -> Any:
+    """A leaf as an array; a handle of one that lies on disk is read."""
+    return leaf if is_quantized(leaf) or isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf))
 
 
 # ---- one flat jaxpr: calls with cuts inside are opened, scans over layers unrolled -----------------------

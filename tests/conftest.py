@@ -1,8 +1,12 @@
-"""Eight CPU devices for the sharding tests, before jax starts."""
+"""Settings that must stand before jax starts: eight CPU devices, and LAPACK on one thread.
+
+The threads of OpenBLAS spin against those of XLA and of the other test process; see jaxq.quantize.
+"""
 
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -75,7 +75,6 @@ def evaluate(
         raise JaxqError(f"unknown metric {metric!r}; use {', '.join(METRICS)}")
     if data is None:
         raise JaxqError("there is no text: add --data FILE.txt, or --data essays")
-    import jaxq
     from jaxq import evaluate as measures
 
     text = sources.read_text(data, held_out=True)
@@ -92,7 +91,7 @@ def evaluate(
 
         meter.update(0.0, "compiling")
         found = measures.perplexity(
-            jaxq.quantized(opened.model.apply), opened.model.params, tokens, batch=batch, progress=show
+            opened.model.apply, opened.model.params, tokens, batch=batch, progress=show
         )
     result: dict[str, Any] = {
         **found,
