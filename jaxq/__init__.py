@@ -40,7 +40,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Flax, Orbax and transformers take seconds to import: they wait until somebody asks.
-_LATER = {"models": None, "recipes": None, "evaluate": None, "data": None, "save": "checkpoint", "load": "checkpoint"}
+_LATER = {
+    "models": None,
+    "recipes": None,
+    "evaluate": None,
+    "data": None,
+    "save": "checkpoint",
+    "load": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -395,9 +395,7 @@ def _custom(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Records
 
 def _invariant(carry: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]) -> list[bool]:
     """Which carried values are leaves that the loop hands on unchanged."""
-    return [
-        isinstance(c, Leaf) and i is o for c, i, o in zip(carry, invars, outvars, strict=True)
-    ]
+    return [isinstance(c, Leaf) and i is o for c, i, o in zip(carry, invars, outvars, strict=True)]
 
 
 def _weave(fixed: Sequence[bool], values: Sequence[Any], moving: Sequence[Any]) -> list[Any]:
@@ -423,10 +421,18 @@ def _scan(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Records]:
     arrays = [x.value if isinstance(x, Leaf) else x for x in xs]
 
     def body(moving: list[Any], arrays: list[Any]) -> tuple[list[Any], Any]:
-        x = [a if leaf is None else dataclasses.replace(leaf, value=a) for leaf, a in zip(slices, arrays, strict=True)]
+        x = [
+            a if leaf is None else dataclasses.replace(leaf, value=a)
+            for leaf, a in zip(slices, arrays, strict=True)
+        ]
         outs, records = inner.run(s.jaxpr, s.jaxpr_consts, [*consts, *_weave(fixed, carry, moving), *x])
-        outs = [o if i < s.carry and fixed[i] else inner.plain(o, "returned by a scan") for i, o in enumerate(outs)]
-        return [o for o, keep in zip(outs[: s.carry], fixed, strict=True) if not keep], (outs[s.carry :], records)
+        outs = [
+            o if i < s.carry and fixed[i] else inner.plain(o, "returned by a scan") for i, o in enumerate(outs)
+        ]
+        return [o for o, keep in zip(outs[: s.carry], fixed, strict=True) if not keep], (
+            outs[s.carry :],
+            records,
+        )
 
     start = [walk.plain(c, "carried through a scan") for c, keep in zip(carry, fixed, strict=True) if not keep]
     moved, (ys, records) = lax.scan(body, start, arrays, s.length, reverse=s.reverse, unroll=s.unroll)

@@ -119,9 +119,7 @@ class ObserveRules(Rules):
         return {path: Record(statistic.update(statistic.init(site), value, weights))}
 
 
-def observed(
-    fn: Callable[..., Any], statistics: dict[str, Statistic]
-) -> Callable[..., tuple[Any, Records]]:
+def observed(fn: Callable[..., Any], statistics: dict[str, Statistic]) -> Callable[..., tuple[Any, Records]]:
     """`observed(fn, statistics)(params, *args, weights=None)` gives (output, {path: Record}); pure, for jit."""
 
     def wrapped(params: Any, *args: Any, weights: Any = None) -> tuple[Any, dict[str, Any]]:

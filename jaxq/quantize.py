@@ -91,7 +91,9 @@ def describe(rule: Rule | None) -> str:
     return "" if rule is None or rule.format is None else str(rule.format)
 
 
-def targets(fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe) -> tuple[list[Site], dict[str, Target]]:
+def targets(
+    fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe
+) -> tuple[list[Site], dict[str, Target]]:
     """(every site that could be quantized, {path: target}). JaxqError for a rule that matches none of them."""
     found: dict[str, Site] = {}
     for site in sites(fn, params, *_args(batch)):
@@ -144,9 +146,7 @@ def plan(fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, batche
         after = before
         if target is not None and target.rule.format is not None:
             after = target.rule.format.abstract(site.matrix_shape, site.dtype, site.layout).nbytes
-        rows.append(
-            SitePlan(site.path, site.kind, site.shape, describe(target and target.rule), before, after)
-        )
+        rows.append(SitePlan(site.path, site.kind, site.shape, describe(target and target.rule), before, after))
     listed = {r.path for r in rows}
     other = sum(_nbytes(leaf) for path, leaf in flat.items() if path not in listed)
     before, after = (other + sum(getattr(r, f) for r in rows) for f in ("bytes_before", "bytes_after"))
@@ -222,7 +222,11 @@ def quantize(
     listed = {site.path for site in found}
     other = sum(_nbytes(leaf) for path, leaf in run.flat.items() if path not in listed)
     report = Report(
-        recipe=recipe.to_dict(), rows=rows, seconds=time.perf_counter() - start, other_bytes=other
+        recipe=recipe.to_dict(),
+        rows=rows,
+        seconds=time.perf_counter() - start,
+        other_bytes=other,
+        drift=run.drift,
     )
     return Result(tracing.replace(params, run.finished()), report)
 
@@ -291,6 +295,7 @@ class _Run:
         self.rows: dict[Slot, SiteReport] = {}
         self.observers: dict[tuple[str, tuple[int, ...]], Observer] = {}
         self.layouts: dict[str, dict[int, Site]] = {}
+        self.drift: list[float] = []
 
     # ---- without data ------------------------------------------------------------------------------------
 
@@ -375,14 +380,21 @@ class _Run:
     def advance(
         self, stage: Stage, leaves: list[Any], stream: Sequence[Any], floats: Sequence[Any], changed: bool
     ) -> tuple[list[Any], list[Any]]:
-        """Both streams after the stage."""
+        """Both streams after the stage; notes how far the quantized one has drifted from the float one."""
         quantized = [self.solved.get(slot, leaf) for slot, leaf in zip(stage.paths, leaves, strict=True)]
-        call = stage.program.call
-        new_floats = [stage.advance(c, call(leaves, stage.inputs(c))) for c in floats]
-        if stream is floats and not changed:
-            return new_floats, new_floats
-        new_stream = [stage.advance(c, call(quantized, stage.inputs(c))) for c in stream]
-        return new_stream, new_floats
+        call, apart = stage.program.call, stream is not floats or changed
+        new_stream: list[Any] = []
+        new_floats: list[Any] = []
+        total = np.zeros(2)
+        for mine, reference in zip(stream, floats, strict=True):
+            wanted = call(leaves, stage.inputs(reference))
+            new_floats.append(stage.advance(reference, wanted))
+            if apart:
+                got = call(quantized, stage.inputs(mine))
+                new_stream.append(stage.advance(mine, got))
+                total += np.asarray(_difference(got, wanted), np.float64)
+        self.drift.append(float(np.sqrt(total[0] / total[1])) if total[1] > 0 else 0.0)
+        return (new_stream if apart else new_floats), new_floats
 
     # ---- one leaf ----------------------------------------------------------------------------------------
 

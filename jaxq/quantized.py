@@ -79,9 +79,7 @@ def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | 
         if not any(map(is_quantized, jax.tree.leaves((args, kwargs), is_leaf=is_quantized))):
             return fn(*args, **kwargs)
         call = tracing.trace(fn, args, kwargs)
-        values = [
-            Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(call.values, call.paths, strict=True)
-        ]
+        values = [Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(call.values, call.paths, strict=True)]
         walk = Walk(QuantizedRules(on_fallback))
         outs, _ = walk.run(call.jaxpr, call.consts, values)
         return call.finish([walk.plain(o, "is returned by the function") for o in outs])

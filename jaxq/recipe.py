@@ -8,8 +8,6 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-
-
 from jaxq import formats
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format

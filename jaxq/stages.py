@@ -60,7 +60,11 @@ class Program:
     def __init__(self, closed: Any, parameters: int, key: str):
         self.key = key
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
-        self.leaf_avals, self.input_avals, self.output_avals = avals[:parameters], avals[parameters:], closed.out_avals
+        self.leaf_avals, self.input_avals, self.output_avals = (
+            avals[:parameters],
+            avals[parameters:],
+            closed.out_avals,
+        )
         plain = jaxpr_as_fun(closed)
         self.run: Callable[..., list[Any]] = quantized(lambda leaves, inputs: plain(*leaves, *inputs))
         self.call = jax.jit(self.run)

@@ -182,8 +182,7 @@ def _gather(eqn: Any, operand: int, view: View) -> Use | str:
         and d.collapsed_slice_dims == d.start_index_map
         and not d.operand_batching_dims
         and all(
-            n == (1 if i in d.start_index_map else view.shape[i])
-            for i, n in enumerate(eqn.params["slice_sizes"])
+            n == (1 if i in d.start_index_map else view.shape[i]) for i, n in enumerate(eqn.params["slice_sizes"])
         )
     )
     out = view.whole(d.start_index_map) if table else None
@@ -215,7 +214,7 @@ def lookup(use: Use, take: Any, indices: jax.Array) -> jax.Array:
         rows = jnp.where(inside, rows, jnp.asarray(fill, rows.dtype))
     offset = p["dimension_numbers"].offset_dims
     batch = [i for i in range(rows.ndim) if i not in offset]
-    return jnp.transpose(rows, np.argsort([*batch, *offset]))
+    return jnp.transpose(rows, [int(i) for i in np.argsort([*batch, *offset])])
 
 
 # ---- grouped (ragged) matmul -----------------------------------------------------------------------------

@@ -121,9 +121,7 @@ class View:
         """The view of a dense stored array, as an array."""
         if self.is_identity:
             return array
-        factors: list[Atom] = sorted(
-            (a for axis in self.axes for a in axis), key=lambda a: (a.axis, -a.inner)
-        )
+        factors: list[Atom] = sorted((a for axis in self.axes for a in axis), key=lambda a: (a.axis, -a.inner))
         order = {atom: i for i, atom in enumerate(factors)}
         split = jnp.reshape(array, [a.size for a in factors])
         moved = jnp.transpose(split, [order[a] for axis in self.axes for a in axis])

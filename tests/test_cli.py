@@ -43,9 +43,7 @@ def write_model(path: Path, *, hidden=32, inner=32, heads=4, kv_heads=4, layers=
         vocab_size=280, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
     vocab, head = tokenizer.get_vocab_size(), hidden // heads
     shapes = {
         "self_attn.q_proj": (hidden, hidden),
@@ -94,9 +92,7 @@ def place(tmp_path_factory) -> Path:
 def out(place) -> Path:
     """The model at 4 bits by GPTQ."""
     path = place / "out"
-    done = run(
-        "quantize", place / "model", path, "--bits", "4", "--calibration", place / "text.txt", *QUANTIZE
-    )
+    done = run("quantize", place / "model", path, "--bits", "4", "--calibration", place / "text.txt", *QUANTIZE)
     assert done.exit_code == 0, done.output
     return path
 
@@ -263,9 +259,7 @@ def test_rtn_needs_no_text_and_group_size_by_name(place, tmp_path):
     done = parsed("quantize", place / "model", tmp_path / "out", *args)
     assert done["recipe"]["name"] == "rtn"
     assert "report.html" not in os.listdir(tmp_path / "out")
-    formats = {
-        str(item["format"]) for item in parsed("inspect", tmp_path / "out")["params"] if item["format"]
-    }
+    formats = {str(item["format"]) for item in parsed("inspect", tmp_path / "out")["params"] if item["format"]}
     assert len(formats) == 1 and "'group_size': None" in formats.pop()
 
 
@@ -276,9 +270,7 @@ def test_equal_seeds_give_equal_arrays(place, out, tmp_path):
         params = json.loads((tmp_path / name / "jaxq.json").read_text())["params"]
         return {path: entry["crc32"] for path, entry in params.items()}
 
-    first = {
-        path: entry["crc32"] for path, entry in json.loads((out / "jaxq.json").read_text())["params"].items()
-    }
+    first = {path: entry["crc32"] for path, entry in json.loads((out / "jaxq.json").read_text())["params"].items()}
     assert quantized("same", 0) == first
     assert quantized("other", 1) != first
 

@@ -49,9 +49,7 @@ def test_windows_begin_as_the_tokenizer_does(eos):
     found = data.windows(TEXT, Characters(bos=True, eos=eos), 8, 3)
     assert found.shape == (3, 8) and (found[:, 0] == 1).all()
     assert found[:, 1:].ravel().tolist() == ids(TEXT)[:21]
-    assert (
-        data.windows(TEXT, Characters(bos=True), 8, bos=False) == data.windows(TEXT, Characters(), 8)
-    ).all()
+    assert (data.windows(TEXT, Characters(bos=True), 8, bos=False) == data.windows(TEXT, Characters(), 8)).all()
     assert (data.windows(TEXT, Characters(), 8, bos=True)[:3] == found).all()
 
 

@@ -40,7 +40,10 @@ def test_a_rule_that_decides_nothing_is_an_error():
         ("[[rules]]\nsolver = 'rtn'", "pattern"),
         ("[[rules]]\npattern = '**'\nsolver = 'magic'", "unknown solver 'magic'"),
         ("[[rules]]\npattern = '**'\nsolver = 'rtn'", "needs a format"),
-        ("[[rules]]\npattern = '**'\nsolver = 'rtn'\nformat = {name = 'wavelet'}", "unknown format 'wavelet'"),
+        (
+            "[[rules]]\npattern = '**'\nsolver = 'rtn'\nformat = {name = 'wavelet'}",
+            "unknown format 'wavelet'",
+        ),
         ("[[rules]]\npattern = '**'\nsolver = 'rtn'\nformat = {name = 'uniform', bits = 9}", "1 to 8 bits"),
         (
             "[[rules]]\npattern = '**'\nsolver = 'rtn'\nformat = {name = 'uniform'}\noptions = {dampling = 1}",

@@ -48,9 +48,7 @@ class Layer(nn.Module):
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
-        layers = nn.scan(
-            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         return layers(name="layers")(x, None)[0]
 
 

@@ -61,9 +61,7 @@ def read(
         }
         item = {key: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for key, (shape, dtype) in full.items()}
         restore = ocp.args.PyTreeRestore(item=_nested(item), restore_args=_nested(args))
-        tree = _attempt(
-            lambda: checkpointer.restore(directory.resolve(), args=restore), f"{directory} is damaged"
-        )
+        tree = _attempt(lambda: checkpointer.restore(directory.resolve(), args=restore), f"{directory} is damaged")
     found = {key: _at(tree, key) for key in full}
     return found | {key: _empty(*described) for key, described in wanted.items() if key not in full}
 

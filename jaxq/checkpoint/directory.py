@@ -77,14 +77,10 @@ def failure(path: str | os.PathLike[str], error: BaseException, needed: int) -> 
     target = Path(path).expanduser().resolve()
     parent = next(place for place in target.parents if place.exists())
     # TensorStore buries what the system said in a long message of its own kind.
-    known = (
-        os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-    )
+    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS))
     reason = next((text for text in known if text in str(error)), " ".join(str(error).split())[:200])
     free = shutil.disk_usage(parent).free
-    return JaxqError(
-        f"cannot write {path}: {reason} ({needed:,} bytes needed, {free:,} free); nothing was kept"
-    )
+    return JaxqError(f"cannot write {path}: {reason} ({needed:,} bytes needed, {free:,} free); nothing was kept")
 
 
 def _swap(partial: Path, target: Path, old: Path) -> None:

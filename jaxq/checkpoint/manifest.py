@@ -185,9 +185,7 @@ def read_entries(manifest: Mapping[str, Any]) -> list[Entry]:
         found = [Entry.from_dict(item) for item in manifest["params"].values()]
         paths = list(manifest["params"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise JaxqError(
-            f"{MANIFEST} is damaged: {type(error).__name__} {error} in its list of params"
-        ) from error
+        raise JaxqError(f"{MANIFEST} is damaged: {type(error).__name__} {error} in its list of params") from error
     if paths != [entry.path for entry in found]:
         raise JaxqError(f"{MANIFEST} is damaged: a path differs from its key")
     return found

@@ -113,9 +113,7 @@ def load(
     return Result(params=_restructured(found, leaves, like), report=report)
 
 
-def read_leaves(
-    directory: Path, found: list[Entry], shardings: ChooseSharding | None, verify: bool
-) -> list[Any]:
+def read_leaves(directory: Path, found: list[Entry], shardings: ChooseSharding | None, verify: bool) -> list[Any]:
     """Return the leaves that the entries describe, in their order. JaxqError for every mismatch."""
     abstract = [entry.abstract() for entry in found]
     wanted = {(*entry.key, name): array for entry in found for name, array in entry.arrays.items()}
@@ -147,9 +145,7 @@ def _placed(
     if entry.format is None:
         return {(*entry.key, ""): sharding}
     specs = children(leaf.partition_specs(sharding.spec, sharding.mesh))
-    return {
-        (*entry.key, name): jax.sharding.NamedSharding(sharding.mesh, spec) for name, spec in specs.items()
-    }
+    return {(*entry.key, name): jax.sharding.NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
 
 
 def _restructured(found: list[Entry], leaves: list[Any], like: Any) -> Any:

@@ -90,9 +90,7 @@ def evaluate(
             meter.update(done / count, f"window {done}/{count}, {number(value)}", spent * (count / done - 1))
 
         meter.update(0.0, "compiling")
-        found = measures.perplexity(
-            opened.model.apply, opened.model.params, tokens, batch=batch, progress=show
-        )
+        found = measures.perplexity(opened.model.apply, opened.model.params, tokens, batch=batch, progress=show)
     result: dict[str, Any] = {
         **found,
         "windows": len(tokens),
@@ -117,9 +115,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among this share of the probability.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -151,9 +147,7 @@ def generate(
 
 def inspect(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Directory that jaxq quantize wrote.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every array and compare its checksum.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every array and compare its checksum.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what OUT holds, from its manifest."""

@@ -34,9 +34,7 @@ def print_json(data: Any) -> None:
 
 def complain(message: str) -> None:
     """Print one line on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[bold red]jaxq:[/bold red] {escape(message)}"
-    )
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]jaxq:[/bold red] {escape(message)}")
 
 
 def remark(message: str) -> None:

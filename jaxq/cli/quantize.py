@@ -38,9 +38,7 @@ def quantize(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE.txt|NAME", help="Text to calibrate on: a file, or austen, essays, handbook."
-        ),
+        typer.Option(metavar="FILE.txt|NAME", help="Text to calibrate on: a file, or austen, essays, handbook."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
@@ -66,9 +64,7 @@ def quantize(
         checkpoint.check_destination(out, overwrite)
     chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or []))
     if chosen.needs_data and calibration is None:
-        raise JaxqError(
-            f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays"
-        )
+        raise JaxqError(f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays")
     opened = sources.open_model(model, lazy=True, dtype=dtype)
     if opened.report is not None:
         raise JaxqError(f"{model} is quantized already: give the float model that it was made from")

@@ -27,9 +27,7 @@ class Opened:
     def tokenizer(self) -> Any:
         """The tokenizer. JaxqError when the model has none."""
         if self.model.tokenizer is None:
-            raise JaxqError(
-                "the model has no tokenizer files, so that text cannot be read: add tokenizer.json"
-            )
+            raise JaxqError("the model has no tokenizer files, so that text cannot be read: add tokenizer.json")
         return self.model.tokenizer
 
 

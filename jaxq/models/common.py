@@ -67,9 +67,7 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0, mode="clip")
 
     def logits(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        return jnp.einsum(
-            "bte,ve->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("bte,ve->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):

@@ -188,9 +188,7 @@ def read_rope(found: Mapping[str, Any] | None, base: float, hf: Mapping[str, Any
     raise JaxqError(f"config.json: rope scaling {kind!r} is not supported; use default, linear or llama3")
 
 
-def layer_windows(
-    hf: Mapping[str, Any], layers: int, window: int | None, is_local: Any
-) -> tuple[int | None, ...]:
+def layer_windows(hf: Mapping[str, Any], layers: int, window: int | None, is_local: Any) -> tuple[int | None, ...]:
     """The window of each layer: from `layer_types` where the config has it, else where is_local(index)."""
     kinds = hf.get("layer_types")
     if kinds is None:

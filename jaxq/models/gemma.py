@@ -63,9 +63,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         found = {**hf, **hf.get("text_config", {})}
         hf = {**_GEMMA3_DEFAULTS, **{key: value for key, value in found.items() if value is not None}}
     if hf.get("use_bidirectional_attention"):
-        raise JaxqError(
-            "config.json: use_bidirectional_attention is not supported (this is an embedding model)"
-        )
+        raise JaxqError("config.json: use_bidirectional_attention is not supported (this is an embedding model)")
     layers = size(hf, "num_hidden_layers")
     window = size(hf, "sliding_window", 4096)
     every = (hf.get("sliding_window_pattern") or 6) if gemma3 else 2

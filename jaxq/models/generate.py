@@ -77,9 +77,7 @@ def generate(
     if not temperature >= 0:
         raise JaxqError(f"temperature must be 0 (greedy) or positive, not {temperature}")
     if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
-        raise JaxqError(
-            f"top_k must lie between 1 and {model.config.vocab_size} (the vocabulary), not {top_k}"
-        )
+        raise JaxqError(f"top_k must lie between 1 and {model.config.vocab_size} (the vocabulary), not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise JaxqError(f"top_p must lie in (0, 1], not {top_p}")
     ends = model.config.eos if eos is None else tuple(int(token) for token in eos)

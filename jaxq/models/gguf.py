@@ -93,9 +93,7 @@ def read_config(file: gguf_file.File) -> ModelConfig:
     head_dim = get.size("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get.size(key, head_dim) != head_dim:
-            raise JaxqError(
-                f"{file.path}: {key} is {get.size(key)}, jaxq needs it to be the head size {head_dim}"
-            )
+            raise JaxqError(f"{file.path}: {key} is {get.size(key)}, jaxq needs it to be the head size {head_dim}")
     layers = get.size("block_count")
     if layers > _MOST_LAYERS:
         raise JaxqError(f"{file.path} is damaged: it claims to have {layers} layers")

@@ -110,9 +110,7 @@ def _map(path: Path) -> mmap.mmap:
 def _header(cursor: _Cursor, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise JaxqError(
-            f"{path} is GGUF version {version} or big endian: only little-endian 2 and 3 are read"
-        )
+        raise JaxqError(f"{path} is GGUF version {version} or big endian: only little-endian 2 and 3 are read")
     tensor_count, pair_count = cursor.scalar("Q"), cursor.scalar("Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
@@ -132,9 +130,7 @@ def _header(cursor: _Cursor, path: str) -> tuple[dict[str, Any], dict[str, Tenso
             )
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if not shape or shape[-1] % block or name in tensors:
-            raise JaxqError(
-                f"{path} is damaged: {name!r} has shape {shape} in blocks of {block}, or comes twice"
-            )
+            raise JaxqError(f"{path} is damaged: {name!r} has shape {shape} in blocks of {block}, or comes twice")
         tensors[name] = Tensor(name, shape, kind, start + offset, math.prod(shape) // block * size)
     return metadata, tensors
 

@@ -66,9 +66,7 @@ class Model:
         return dataclasses.replace(self, **changes)
 
 
-def build(
-    config: ModelConfig, params: Any, tokenizer: Any = None, source: dict[str, Any] | None = None
-) -> Model:
+def build(config: ModelConfig, params: Any, tokenizer: Any = None, source: dict[str, Any] | None = None) -> Model:
     """Puts a Model together. tokenizer: a transformers tokenizer, a Later that makes one, or None."""
     apply, decode, init_cache = _functions(config)
     return Model(

@@ -25,9 +25,7 @@ _BLOCK = 4
 _COLUMNS = 4096
 
 
-def off_grid(
-    params: dict[str, Any], config: ModelConfig, seed: int = 0
-) -> tuple[dict[str, Any], ModelConfig]:
+def off_grid(params: dict[str, Any], config: ModelConfig, seed: int = 0) -> tuple[dict[str, Any], ModelConfig]:
     """The same function with rotated weights, unit norm gains and an untied head.
 
     With Q orthogonal and g the gain of the norm before a projection W (in, out): W -> Q^T diag(g) W; for

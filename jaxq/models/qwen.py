@@ -74,9 +74,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T E"], context: Context, cache: KV | None
     ) -> tuple[Float[Array, "B T E"], KV | None]:
         eps = self.config.norm_eps
-        y, cache = Attention(self.config, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), context, cache
-        )
+        y, cache = Attention(self.config, name="attention")(RMSNorm(eps, name="attention_norm")(x), context, cache)
         x = x + y
         return x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), cache
 

@@ -30,8 +30,7 @@ def comparison_html(
     texts = list(dict.fromkeys(text for row in rows for text in row.get("perplexity", {})))
     prose = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs if paragraph)
     folded = "".join(
-        f'<details class="run"><summary>{escape(name)}</summary>'
-        f"{page.tiles(report)}{page.body(report)}</details>"
+        f'<details class="run"><summary>{escape(name)}</summary>{page.tiles(report)}{page.body(report)}</details>'
         for name, report in (reports or {}).items()
     )
     content = [
@@ -110,9 +109,7 @@ def _points(rows: Sequence[Mapping[str, Any]], method: str, text: str) -> list[t
         for row in rows
         if not is_float(row) and str(row["recipe"]) == method and row.get("bits_per_weight") is not None
     ]
-    return [
-        (x, y, f"{number(y)} at {number(x)} bits per weight") for x, y in sorted(found) if math.isfinite(y)
-    ]
+    return [(x, y, f"{number(y)} at {number(x)} bits per weight") for x, y in sorted(found) if math.isfinite(y)]
 
 
 def _perplexity(row: Mapping[str, Any], text: str) -> float:

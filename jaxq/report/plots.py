@@ -34,8 +34,7 @@ def panel(points: Points, label: str, what: str, top: float, *, step: bool = Fal
     xs = [x for x, _, _ in points]
     span = (max(xs) - min(xs)) or 1
     place = [
-        (left + (x - min(xs)) / span * (width - left - right), low - y / top * (low - high))
-        for x, y, _ in points
+        (left + (x - min(xs)) / span * (width - left - right), low - y / top * (low - high)) for x, y, _ in points
     ]
     parts = []
     for tick in ticks(top):
@@ -44,16 +43,12 @@ def panel(points: Points, label: str, what: str, top: float, *, step: bool = Fal
         parts.append(f'<text class="axis" x="{left - 5}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
     parts.append(f'<text class="axis" x="{left}" y="113">{min(xs):g}</text>')
     if max(xs) > min(xs):
-        parts.append(
-            f'<text class="axis" x="{width - right}" y="113" text-anchor="end">layer {max(xs):g}</text>'
-        )
+        parts.append(f'<text class="axis" x="{width - right}" y="113" text-anchor="end">layer {max(xs):g}</text>')
     if step:
         moves = "".join(f"H{x:.1f}V{y:.1f}" for x, y in place[1:])
         parts.append(f'<path class="line" d="M{place[0][0]:.1f} {place[0][1]:.1f}{moves}"/>')
     elif len(place) > 1:
-        parts.append(
-            f'<path class="area" d="M{_joined(place)}L{place[-1][0]:.1f} {low}H{place[0][0]:.1f}z"/>'
-        )
+        parts.append(f'<path class="area" d="M{_joined(place)}L{place[-1][0]:.1f} {low}H{place[0][0]:.1f}z"/>')
         parts.append(f'<path class="line" d="M{_joined(place)}"/>')
     worst = max(range(len(points)), key=lambda i: points[i][1])
     for i, (x, y) in enumerate(place):
@@ -121,8 +116,7 @@ def scatter(series: Mapping[str, Points], label: str, axes: tuple[str, str], ref
         line = f'<path class="series" d="M{_joined(place)}"/>' if len(place) > 1 else ""
         parts.append(f'<g class="s{i % len(MARKS)}">{line}{marks}</g>')
     words = "; ".join(
-        f"{name}: " + ", ".join(f"{y:.2f} at {x:.2f}" for x, y, _ in points)
-        for name, points in series.items()
+        f"{name}: " + ", ".join(f"{y:.2f} at {x:.2f}" for x, y, _ in points) for name, points in series.items()
     )
     return _svg(width, height, label, words, parts)
 

@@ -87,6 +87,8 @@ class Report:
       seconds: wall time of the whole run.
       metrics: the same figures for the quantized model.
       other_bytes: bytes of the leaves that have no row (norms, biases); counted before and after alike.
+      drift: after each stage, the relative distance of the calibration activations from those of the float
+        model; empty for a run without data.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Report:
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
     other_bytes: int = 0
+    drift: list[float] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -132,9 +135,7 @@ class Report:
         """Print the run: one line a role (the same weight of all layers), or with full one line a site."""
         console.print(_sites_table(self) if full else _roles_table(self))
         for note, paths in self.notes().items():
-            console.print(
-                f"note: {len(paths)} site(s) {note}: {shortened(paths)}", markup=False, style="yellow"
-            )
+            console.print(f"note: {len(paths)} site(s) {note}: {shortened(paths)}", markup=False, style="yellow")
 
     def notes(self) -> dict[str, list[str]]:
         """Return each note with the paths that carry it."""
@@ -216,9 +217,7 @@ def _plain(value: Any) -> Any:
     raise JaxqError(f"a report holds plain data, not {type(value).__name__}")
 
 
-def _restored(
-    cls: type, data: Any, floats: tuple[str, ...] = (), tuples: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def _restored(cls: type, data: Any, floats: tuple[str, ...] = (), tuples: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise JaxqError(f"a {cls.__name__} must be an object, not {type(data).__name__}: the file is damaged")
     known = {f.name: data[f.name] for f in fields(cls) if f.name in data}  # pyright: ignore[reportArgumentType]

@@ -37,9 +37,7 @@ def check(flag: Bool[Array, "*batch"], message: str) -> None:
         raise JaxqError(message)
 
 
-def check_weights(
-    finite: Bool[Array, "*batch"], representable: Bool[Array, "*batch"], format: Uniform
-) -> None:
+def check_weights(finite: Bool[Array, "*batch"], representable: Bool[Array, "*batch"], format: Uniform) -> None:
     """JaxqError for NaN or infinite weights, or scales that `scale_dtype` cannot hold."""
     check(finite, "the weights hold NaN or infinite values; repair the checkpoint or leave this weight dense")
     check(representable, f"a scale does not fit {format.scale_dtype}; use scale_dtype='bfloat16'")

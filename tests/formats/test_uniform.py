@@ -36,9 +36,7 @@ SIGNS = [(-1, 1), (5, 6), (-6, -5), (0, 1)]
 
 def weights(seed: int, shape=(24, 5), low=-1.0, high=1.0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.uniform(low, high, shape).astype(np.float32) * rng.lognormal(sigma=2, size=shape[-1:]).astype(
-        "f4"
-    )
+    return rng.uniform(low, high, shape).astype(np.float32) * rng.lognormal(sigma=2, size=shape[-1:]).astype("f4")
 
 
 @pytest.mark.parametrize("format", GRIDS, ids=str)

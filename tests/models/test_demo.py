@@ -84,10 +84,7 @@ def test_parts_are_joined_and_verified(tmp_path, monkeypatch):
 def test_smollm2_continues_and_chats():
     model = load("smollm2-135m")
     out = models.generate(model, model.params, [SMOLLM2_IDS], max_new_tokens=16).rows()[0]
-    assert (
-        model.tokenizer.decode(out)
-        == " wife, and that the wife of a man possessing a good fortune must be in"
-    )
+    assert model.tokenizer.decode(out) == " wife, and that the wife of a man possessing a good fortune must be in"
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     out = models.generate(model, model.params, [prompt], max_new_tokens=16).rows()[0]

@@ -100,9 +100,7 @@ def test_batched_unequal_prompts_equal_one_by_one(model_type):
     model, (apply, _) = tiny(model_type), jitted(model_type)
     together = generate(model, model.params, PROMPTS, max_new_tokens=9, eos=()).rows()
     assert together == [full_forward_greedy(model, apply, prompt, 9) for prompt in PROMPTS]
-    alone = [
-        generate(model, model.params, [prompt], max_new_tokens=9, eos=()).rows()[0] for prompt in PROMPTS
-    ]
+    alone = [generate(model, model.params, [prompt], max_new_tokens=9, eos=()).rows()[0] for prompt in PROMPTS]
     assert together == alone
 
 
@@ -116,9 +114,7 @@ def test_greedy_equals_transformers(case, tmp_path):
     left = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
     # The cache grows with what it is given; a hybrid one would not be compared at every length.
-    theirs = original.generate(
-        left, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None
-    )
+    theirs = original.generate(left, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None)
     ours = generate(model, model.params, left.numpy(), mask=mask.numpy(), max_new_tokens=16, eos=())
     assert ours.tokens.tolist() == theirs[:, width:].tolist()
 

@@ -145,9 +145,7 @@ def test_quantized_matrices_are_near_what_was_quantized(tmp_path):
     for kind, bound in {"Q8_0": 0.006, "Q5_0": 0.05, "Q5_1": 0.04, "Q4_0": 0.1, "Q4_1": 0.09}.items():
 
         def edit(tensors, kind=kind):
-            wide = {
-                name: value for name, value in tensors.items() if value.ndim == 2 and value.shape[1] == 256
-            }
+            wide = {name: value for name, value in tensors.items() if value.ndim == 2 and value.shape[1] == 256}
             return tensors | {name: tiny_gguf.quantized(value, kind) for name, value in wide.items()}
 
         loaded = models.load(saved(tmp_path, config, params, edit=edit)).params

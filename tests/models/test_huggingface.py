@@ -81,9 +81,7 @@ def test_text_model_of_an_image_text_checkpoint(tmp_path):
     model = models.load(tmp_path)
     with torch.no_grad():
         expected = original(torch.tensor(TOKENS)).logits.numpy()
-    assert (
-        np.abs(np.asarray(jax.jit(model.apply)(model.params, jnp.asarray(TOKENS))) - expected).max() <= 1e-4
-    )
+    assert np.abs(np.asarray(jax.jit(model.apply)(model.params, jnp.asarray(TOKENS))) - expected).max() <= 1e-4
 
 
 def test_bfloat16_is_read_bit_for_bit(tmp_path):
@@ -203,9 +201,7 @@ def test_wrong_shape_names_both(tmp_path):
 
 
 def test_missing_and_unknown_tensors(tmp_path):
-    tiny_hf.write(
-        tmp_path, tiny_hf.plain_config("llama"), edit=lambda t: {k: v for k, v in t.items() if k != Q0}
-    )
+    tiny_hf.write(tmp_path, tiny_hf.plain_config("llama"), edit=lambda t: {k: v for k, v in t.items() if k != Q0})
     fails(tmp_path, f"lacks {Q0}.*layers/0/attention/query/kernel")
     tiny_hf.write(
         tmp_path, tiny_hf.plain_config("llama"), edit=lambda t: t | {"model.extra": np.ones(3, np.float32)}

@@ -16,9 +16,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 }
 
 
-def write(
-    path: Path, config: ModelConfig, params, *, edit=lambda tensors: tensors, extra=lambda writer: None
-):
+def write(path: Path, config: ModelConfig, params, *, edit=lambda tensors: tensors, extra=lambda writer: None):
     """params (jaxq's pytree) as a GGUF file. edit: changes {name: array or (raw, type)}."""
     architecture = ARCHITECTURES[config.family]
     writer = gguf.GGUFWriter(path, architecture)

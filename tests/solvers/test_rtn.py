@@ -9,9 +9,7 @@ from jaxq.formats import Layout, Uniform
 from jaxq.solvers.rtn import rtn
 
 
-@pytest.mark.parametrize(
-    "format", [Uniform(4, 16), Uniform(3, 20, symmetric=True), Uniform(2, None)], ids=str
-)
+@pytest.mark.parametrize("format", [Uniform(4, 16), Uniform(3, 20, symmetric=True), Uniform(2, None)], ids=str)
 def test_against_numpy(format):
     w = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     size = format.group_size or 50
@@ -38,9 +36,7 @@ def test_mse_search_lowers_the_squared_error():
     w = np.random.default_rng(2).standard_t(3, size=(256, 8)).astype(np.float32)
     for bits in (2, 3, 4):
         format = Uniform(bits, 64)
-        error = {
-            r: ((np.asarray(rtn(w, format, range=r).dequantize()) - w) ** 2).sum() for r in ("minmax", "mse")
-        }
+        error = {r: ((np.asarray(rtn(w, format, range=r).dequantize()) - w) ** 2).sum() for r in ("minmax", "mse")}
         assert error["mse"] < 0.95 * error["minmax"]
 
 

@@ -36,9 +36,7 @@ def test_against_float64():
     x, w = tokens(0, 7, 9), np.random.default_rng(1).uniform(0, 2, (7, 9)).astype(np.float32)
     flat, weight = x.reshape(-1, 5).astype(np.float64), w.reshape(-1).astype(np.float64)
     hessian = Hessian().finalize(fold(Hessian(), (x, jnp.asarray(w))))
-    np.testing.assert_allclose(
-        hessian, (flat * weight[:, None]).T @ flat / weight.sum(), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(hessian, (flat * weight[:, None]).T @ flat / weight.sum(), rtol=1e-5, atol=1e-6)
     mean, square = Moments().finalize(fold(Moments(), (x, jnp.asarray(w))))
     np.testing.assert_allclose(mean, weight @ np.abs(flat) / weight.sum(), rtol=1e-5)
     np.testing.assert_allclose(square, weight @ flat**2 / weight.sum(), rtol=1e-5)
@@ -120,13 +118,9 @@ def test_in_shard_map_scan_and_vmap(statistic):
     for part in parts[1:]:
         merged = statistic.merge(merged, part)
     close(merged, whole)
-    scanned, _ = jax.lax.scan(
-        lambda s, x: (statistic.update(s, x), None), statistic.init(SITE), jnp.asarray(x)
-    )
+    scanned, _ = jax.lax.scan(lambda s, x: (statistic.update(s, x), None), statistic.init(SITE), jnp.asarray(x))
     close(scanned, whole)
-    experts = jax.vmap(statistic.update)(
-        jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), statistic.init(SITE)), x
-    )
+    experts = jax.vmap(statistic.update)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), statistic.init(SITE)), x)
     close(jax.tree.map(lambda leaf: leaf[3], experts), fold(statistic, (x[3], None)))
 
 
