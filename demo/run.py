@@ -7,10 +7,14 @@ Writes demo/results.json, demo/report.html and the 3-bit model, demo/out.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
 from pathlib import Path
+
+# transformers only reads the tokenizer here, and would say that it misses PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import jax
 from rich.console import Console

@@ -10,10 +10,10 @@ from jaxq.formats import Uniform as Uniform
 from jaxq.formats import dequantize as dequantize
 from jaxq.formats import is_quantized as is_quantized
 from jaxq.observe import observe as observe
+from jaxq.planning import Plan as Plan
+from jaxq.planning import plan as plan
 from jaxq.quantize import Event as Event
-from jaxq.quantize import Plan as Plan
 from jaxq.quantize import Result as Result
-from jaxq.quantize import plan as plan
 from jaxq.quantize import quantize as quantize
 from jaxq.quantized import quantized as quantized
 from jaxq.recipe import Recipe as Recipe

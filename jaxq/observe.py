@@ -12,9 +12,10 @@ from jax import lax
 
 from jaxq import tracing
 from jaxq.errors import JaxqError
-from jaxq.interpreter import Leaf, Record, Records, Rules, Walk
+from jaxq.interpreter import Rules, Walk
 from jaxq.patterns import first_match
 from jaxq.sites import Site, site_of
+from jaxq.tracked import Leaf, Record, Records
 from jaxq.transforms.statistics import Statistic
 from jaxq.uses import Use
 

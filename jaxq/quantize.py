@@ -17,14 +17,15 @@ import numpy as np
 from jaxq import tracing
 from jaxq.errors import JaxqError
 from jaxq.formats.base import QuantizedArray, is_quantized
-from jaxq.interpreter import Records
 from jaxq.observe import merge_records, observed
+from jaxq.planning import Target, arguments, at_path, describe, nbytes, targets
 from jaxq.recipe import Recipe, Rule
 from jaxq.report import Report, SiteReport
 from jaxq.sites import Site, sites
 from jaxq.solvers.gptq import DEFAULT_DAMPING
 from jaxq.solvers.registry import SOLVERS
 from jaxq.stages import Program, Slot, Stage, stages
+from jaxq.tracked import Records
 from jaxq.transforms.statistics import Hessian
 
 STATISTICS = {"hessian": Hessian()}
@@ -47,129 +48,6 @@ class Event(NamedTuple):
     error: float
     seconds: float
     eta: float
-
-
-@dataclasses.dataclass(frozen=True)
-class SitePlan:
-    """What a run would do to one leaf. format is "" where it stays as it is."""
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    format: str
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run would do, from shapes alone. peak_bytes: an estimate, weights not yet read left out."""
-
-    rows: list[SitePlan]
-    bytes_before: int
-    bytes_after: int
-    peak_bytes: int
-
-
-class Target(NamedTuple):
-    """A leaf that a rule quantizes."""
-
-    site: Site
-    rule: Rule
-
-
-def _nbytes(leaf: Any) -> int:
-    return leaf.nbytes if is_quantized(leaf) else math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-
-
-def _args(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
-
-
-def describe(rule: Rule | None) -> str:
-    """A rule's format in words, "" for none."""
-    return "" if rule is None or rule.format is None else str(rule.format)
-
-
-def targets(
-    fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe
-) -> tuple[list[Site], dict[str, Target]]:
-    """(every site that could be quantized, {path: target}). JaxqError for a rule that matches none of them."""
-    found: dict[str, Site] = {}
-    for site in sites(fn, params, *_args(batch)):
-        if not site.in_axes or not site.out_axes or site.kind == "product":
-            continue
-        # A leaf with several uses is laid out for its product: that is where its data comes from.
-        if site.path not in found or found[site.path].kind == "embedding":
-            found[site.path] = site
-    recipe.check(list(found))
-    out = {}
-    for path, site in found.items():
-        rule = recipe.rule(path)
-        if rule is None or rule.solver is None or rule.format is None:
-            continue
-        with _at(path):
-            rule.format.abstract(site.matrix_shape, site.dtype, site.layout)
-        if SOLVERS[rule.solver].statistic is not None and site.kind == "embedding":
-            raise JaxqError(f"{path} is a look-up: no data flows into it, so {rule.solver} cannot fit it; use rtn")
-        out[path] = Target(site, rule)
-    return list(found.values()), out
-
-
-class _at:
-    """Puts the path of a leaf in front of an error about it."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, JaxqError):
-            raise JaxqError(f"{self.path}: {error}") from None
-
-
-def plan(fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, batches: int = 1) -> Plan:
-    """What `quantize` would do, without reading a weight.
-
-    Args:
-        params, batch: arrays, or anything with a shape and a dtype.
-        batches: how many batches the calibration will have, for the memory estimate.
-    """
-    flat = tracing.flatten(params)
-    found, chosen = targets(fn, params, batch, recipe)
-    rows = []
-    for site in found:
-        target = chosen.get(site.path)
-        before = _nbytes(flat[site.path])
-        after = before
-        if target is not None and target.rule.format is not None:
-            after = target.rule.format.abstract(site.matrix_shape, site.dtype, site.layout).nbytes
-        rows.append(SitePlan(site.path, site.kind, site.shape, describe(target and target.rule), before, after))
-    listed = {r.path for r in rows}
-    other = sum(_nbytes(leaf) for path, leaf in flat.items() if path not in listed)
-    before, after = (other + sum(getattr(r, f) for r in rows) for f in ("bytes_before", "bytes_after"))
-    return Plan(rows, before, after, after + _working_bytes(fn, params, batch, recipe, chosen, batches))
-
-
-def _working_bytes(
-    fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, chosen: dict[str, Target], batches: int
-) -> int:
-    """The largest stage: its float weights, its Hessians, and two streams of activations."""
-    flat = tracing.flatten(params)
-    if not recipe.needs_data:
-        return max((_nbytes(flat[p]) for p in chosen), default=0)
-    worst = 0
-    pieces = stages(fn, params, *_args(batch))
-    for n, stage in enumerate(pieces):
-        weights = sum(_nbytes(flat[s.path]) for s in stage.paths)
-        # A Hessian, its damped copy, its factor and the inverse of that.
-        hessians = sum(4 * 4 * chosen[s.path].site.in_size ** 2 for s in stage.paths if s.path in chosen)
-        live = sum(_nbytes(a) for a in stage.program.input_avals)
-        streams = 2 * batches * live if n else 0
-        worst = max(worst, weights + hessians + streams)
-    return worst
 
 
 def quantize(
@@ -203,7 +81,7 @@ def quantize(
             not finite, a group larger than a width; each names the path.
     """
     start = time.perf_counter()
-    given = [_args(b) for b in batches]
+    given = [arguments(b) for b in batches]
     if not given:
         raise JaxqError("there is no calibration data: give at least one batch")
     _check_shapes(given)
@@ -220,7 +98,7 @@ def quantize(
             run.by_leaves()
     rows = [r for site in found for r in run.rows_of(site)]
     listed = {site.path for site in found}
-    other = sum(_nbytes(leaf) for path, leaf in run.flat.items() if path not in listed)
+    other = sum(nbytes(leaf) for path, leaf in run.flat.items() if path not in listed)
     report = Report(
         recipe=recipe.to_dict(),
         rows=rows,
@@ -409,7 +287,7 @@ class _Run:
         assert rule.solver is not None and rule.format is not None
         begin = time.perf_counter()
         solver = SOLVERS[rule.solver]
-        with _at(slot):
+        with at_path(slot):
             importance = () if state is None else (STATISTICS[solver.statistic or ""].finalize(state),)
             out = solver.solve(leaf, *importance, rule.format, layout=site.layout, **rule.options)
         array, used = out if isinstance(out, tuple) else (out, {})
@@ -422,7 +300,7 @@ class _Run:
             shape=tuple(array.shape),
             format=describe(rule),
             bits_per_weight=array.bits_per_weight,
-            bytes_before=_nbytes(leaf),
+            bytes_before=nbytes(leaf),
             bytes_after=array.nbytes,
             error=error,
             seconds=time.perf_counter() - begin,
@@ -439,9 +317,9 @@ class _Run:
         mine = [row for slot, row in self.rows.items() if slot.path == site.path]
         if mine:
             return mine
-        nbytes = _nbytes(self.flat[site.path])
-        bits = 8 * nbytes / math.prod(site.shape)
-        return [SiteReport(site.path, site.kind, site.shape, "dense", bits, nbytes, nbytes, note=site.note)]
+        size = nbytes(self.flat[site.path])
+        bits = 8 * size / math.prod(site.shape)
+        return [SiteReport(site.path, site.kind, site.shape, "dense", bits, size, size, note=site.note)]
 
     def finished(self) -> dict[str, Any]:
         """{path: leaf} for the whole tree: quantized ones, slices stacked again, and the rest read."""

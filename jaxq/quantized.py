@@ -11,8 +11,9 @@ from jax import lax
 
 from jaxq import tracing, uses
 from jaxq.formats.base import is_quantized
-from jaxq.interpreter import Leaf, Records, Rules, Walk
+from jaxq.interpreter import Rules, Walk
 from jaxq.sites import mismatch
+from jaxq.tracked import Leaf, Records
 from jaxq.uses import Use
 
 

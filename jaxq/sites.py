@@ -11,7 +11,8 @@ import jax
 
 from jaxq import tracing
 from jaxq.formats.base import Layout, is_quantized
-from jaxq.interpreter import Leaf, Records, Rules, Walk
+from jaxq.interpreter import Rules, Walk
+from jaxq.tracked import Leaf, Records
 from jaxq.uses import Kind, Use
 from jaxq.views import View
 

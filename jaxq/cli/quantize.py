@@ -13,7 +13,8 @@ from jaxq.report.records import Report, number, size
 
 if TYPE_CHECKING:
     from jaxq.models import Model
-    from jaxq.quantize import Event, Plan
+    from jaxq.planning import Plan
+    from jaxq.quantize import Event
     from jaxq.recipe import Recipe
 
 SHAPE_TOKENS = 16

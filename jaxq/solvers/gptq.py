@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxq.errors import JaxqError
@@ -123,7 +124,7 @@ def _checked(
                         f"not {order!r} and {groups!r}")  # fmt: skip
     if not 0 <= damping < np.inf:
         raise JaxqError(f"damping {damping} is not a number from 0 up")
-    traced = any(isinstance(x, jax.core.Tracer) for x in (matrix, hessian, damping))
+    traced = any(isinstance(x, Tracer) for x in (matrix, hessian, damping))
     solve = _compiled(None if traced else jax.default_backend())
     array, used, finite, representable, sound = solve(
         matrix, hessian, jnp.float32(damping), format, order, groups, range, layout or Layout()
