@@ -28,7 +28,7 @@ from jaxq.report import Report, comparison_html
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m-offgrid"
 CALIBRATION, TEXTS = "handbook", ("austen", "essays")
-SAMPLES, LENGTH, WINDOWS, GROUP = 8, 512, 10, 64
+SAMPLES, LENGTH, WINDOWS, GROUP = 6, 512, 10, 64
 PROMPT = "The capital of France is"
 
 

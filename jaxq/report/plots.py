@@ -94,7 +94,7 @@ def scatter(series: Mapping[str, Points], label: str, axes: tuple[str, str], ref
     for tick in log_ticks(min(ys), max(ys)) if log else span_ticks(min(ys), max(ys)):
         y = at(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="axis" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>')
+        parts.append(f'<text class="axis" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for x_tick in range(x_low, x_high + 1):
         x = at(x_tick, min(ys))[0]
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{low}" y2="{low + 4}"/>')
@@ -138,6 +138,14 @@ def bars(before: float, after: float, most: float) -> str:
         f'<rect class="before" width="{widths[0]:.2f}%" height="7" y="1" rx="2"/>'
         f'<rect class="after" width="{widths[1]:.2f}%" height="7" y="10" rx="2"/></svg>'
     )
+
+
+def short(value: float) -> str:
+    """Return an axis label that fits its margin: "100", "10k", "1M"."""
+    for unit, name in ((1e6, "M"), (1e4, "k")):
+        if value >= unit:
+            return f"{value / (1e6 if name == 'M' else 1e3):,g}{name}"
+    return f"{value:,g}"
 
 
 def ticks(top: float) -> list[float]:
