@@ -127,10 +127,11 @@ def test_program_size_does_not_depend_on_the_width(size):
 
 
 def test_compiles_once_for_each_shape():
-    solver._solve_batch.clear_cache()
+    compiled = solver._compiled(jax.default_backend())
+    compiled.clear_cache()
     for seed in range(3):
         gptq(*problem(seed, ROWS, OUT), GROUPED, damping=0.01 * (1 + seed))
-    assert solver._solve_batch._cache_size() == 1
+    assert compiled._cache_size() == 1
 
 
 @pytest.mark.parametrize(
