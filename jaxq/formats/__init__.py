@@ -7,5 +7,9 @@ from jaxq.formats.base import abstract as abstract
 from jaxq.formats.base import dequantize as dequantize
 from jaxq.formats.base import from_dict as from_dict
 from jaxq.formats.base import is_quantized as is_quantized
+from jaxq.formats.codebook import Codebook as Codebook
+from jaxq.formats.codebook import CodebookArray as CodebookArray
+from jaxq.formats.dense_sparse import DenseSparse as DenseSparse
+from jaxq.formats.dense_sparse import DenseSparseArray as DenseSparseArray
 from jaxq.formats.uniform import Uniform as Uniform
 from jaxq.formats.uniform import UniformArray as UniformArray
