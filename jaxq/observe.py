@@ -16,6 +16,7 @@ from jaxq.interpreter import Rules, Walk
 from jaxq.patterns import first_match
 from jaxq.sites import Site, site_of
 from jaxq.tracked import Leaf, Record, Records
+from jaxq.transforms.registry import needs_gradients
 from jaxq.transforms.statistics import Statistic
 from jaxq.uses import Use
 
@@ -133,7 +134,8 @@ def observed(fn: Callable[..., Any], statistics: dict[str, Statistic]) -> Callab
         ]
         walk = Walk(rules)
         outs, records = walk.run(call.jaxpr, call.consts, values)
-        matched = {k: any(first_match(statistics, p) == k for p in records) for k in statistics}
+        asked = [k for k, s in statistics.items() if s is not None]
+        matched = {k: any(first_match(statistics, p) == k for p in records) for k in asked}
         tracing.check_paths(matched, [p for p in call.paths[: call.parameters]])
         return call.finish([walk.plain(o) for o in outs]), records
 
@@ -149,8 +151,11 @@ def observe(
     fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    statistics: dict[str, Statistic],
+    statistics: dict[str, Any],
     weights: Iterable[Any] | None = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    targets: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
     """Runs the function over batches and folds what reaches each site into statistics.
 
@@ -161,13 +166,42 @@ def observe(
         statistics: {pattern: statistic}, patterns as in recipes; the first that matches a path counts.
         weights: for each batch, token weights whose shape leads that of the data at every observed site;
             weight 0 leaves a token (padding) out.
+        loss: `loss(output, *args) -> (sequences,)`, see `jaxq.losses`: for statistics of its gradient (`Fisher`,
+            `GuidedHessian`). They are taken backwards, stage by stage, see `jaxq.gradients`.
+        targets: for each batch, one more argument of the loss, such as labels.
 
     Returns:
         {path: state}; for scanned layers and experts the state has their axes in front.
 
     Raises:
-        JaxqError: no batches, or a pattern that matches no site.
+        JaxqError: no batches, a pattern that matches no site, or no loss for a statistic that needs one.
     """
+    backwards = {k for k, s in statistics.items() if needs_gradients(s)}
+    if backwards:
+        from jaxq.gradients import observe_gradients
+
+        if loss is None:
+            raise JaxqError("statistics of a gradient need a loss: for a language model, jaxq.losses.next_token")
+        given = [b if isinstance(b, tuple) else (b,) for b in batches]
+        extra = (None if x is None else list(x) for x in (targets, weights))
+        targets, weights = extra
+        only = {k: s if k in backwards else None for k, s in statistics.items()}
+        found = observe_gradients(fn, params, given, only, loss, targets, weights)
+        if len(backwards) == len(statistics):
+            return found
+        rest = {k: None if k in backwards else s for k, s in statistics.items()}
+        return found | _observe_inputs(fn, params, given, rest, weights)
+    return _observe_inputs(fn, params, batches, statistics, weights)
+
+
+def _observe_inputs(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    statistics: dict[str, Any],
+    weights: Iterable[Any] | None,
+) -> dict[str, Any]:
+    """The part of `observe` that only runs forwards; None in place of a statistic leaves its sites out."""
     run = jax.jit(lambda params, args, w: observed(fn, statistics)(params, *args, weights=w)[1])
     records: Records | None = None
     merge = jax.jit(functools.partial(merge_records, statistics))

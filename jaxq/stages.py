@@ -100,10 +100,14 @@ class Stage:
 
     def advance(self, carry: Any, outputs: Sequence[Any]) -> Any:
         """The carry after the program gave these outputs."""
+        env = self.carry_after(carry, outputs)
+        return env if self.finish is None else self.finish(env)
+
+    def carry_after(self, carry: Any, outputs: Sequence[Any]) -> Carry:
+        """What `advance` makes of a carry, by name, also after the last stage."""
         env = dict(carry if self.start is None else self.start(carry))
         env.update(zip(self.writes, outputs, strict=True))
-        env = {k: v for k, v in env.items() if k in self.keeps}
-        return env if self.finish is None else self.finish(env)
+        return {k: v for k, v in env.items() if k in self.keeps}
 
     def fn(self, stage_params: dict[str, Any], carry: Any) -> Any:
         missing = [p for p in self.paths if p not in stage_params]

@@ -45,6 +45,15 @@ class Use:
         """A product (batch..., tokens..., out) of a matmul as the equation's own output."""
         return _restore_dot(self, y)
 
+    def canonical_output(self, y: jax.Array, tokens: Sequence[int]) -> jax.Array:
+        """What the equation gives as (batch..., tokens..., out); tokens: sizes, as in the canonical input."""
+        if self.kind == "conv":
+            batch, feature, *places = self.eqn.params["dimension_numbers"].out_spec
+            return jnp.transpose(y, [batch, *places, feature])
+        sizes = (*self.sizes(self.batch_axes), *tokens, math.prod(self.sizes(self.out_axes)))
+        # `restore` only moves elements, so that its transpose is its inverse.
+        return jax.linear_transpose(self.restore, jax.ShapeDtypeStruct(sizes, y.dtype))(y)[0]
+
 
 def find(eqn: Any, views: Sequence[View | None]) -> Use | str:
     """The use that the equation makes of one of the leaves, or why it is none."""
