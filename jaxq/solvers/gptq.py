@@ -18,9 +18,7 @@ from jaxq.formats.uniform import Uniform, UniformArray, assemble, split_groups
 from jaxq.solvers.common import RANGES, all_finite, canonical, check, check_weights
 from jaxq.solvers.factor import completions, factorize, normalize
 from jaxq.solvers.schedule import Schedule, plan
-from jaxq.solvers.walk import Grid, Walk
-
-DEFAULT_DAMPING = 0.01
+from jaxq.solvers.walk import Grid, Walk, on_uniform_grid
 
 #: In units of the mean diagonal of H, as in the paper.
 DEFAULT_DAMPING = 0.01
@@ -212,7 +210,8 @@ def _walk(
         missing = schedule.padded - grid[0].shape[0]
         grid = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)], constant_values=1), grid)
     completion = completions(coupling, schedule.slot) if grid is None and schedule.slot else None
-    codes, fitted = Walk(coupling, schedule, format, fit, grid, completion).run(schedule.pad(w))
+    rounding = functools.partial(on_uniform_grid, format=format)
+    codes, fitted = Walk(coupling, schedule, rounding, grid, fit, completion).run(schedule.pad(w))
     grid = fitted if grid is None else grid
     assert grid is not None
     return schedule.unpad(codes), grid, {"damping": factor.damping, "fallback": factor.fallback}

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxq.formats.base import Format
+from jaxq.formats.codebook import Codebook
+from jaxq.formats.uniform import Uniform
 from jaxq.solvers.gptq import gptq_solve
+from jaxq.solvers.kmeans import kmeans_solve
+from jaxq.solvers.lnq import lnq_solve
 from jaxq.solvers.rtn import rtn
 
 
-class Solver(NamedTuple):
-    """solve: `(weight, [importance,] format, *, layout, **options)`, giving an array, or an array and diagnostics.
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """solve: `(weight, format=, layout=, **statistics, **options)`, giving an array, or an array and diagnostics.
 
-    statistic: name of the statistic of the site's inputs that is its importance; None for data-free solvers.
+    format: the kind of format that it fits. statistics: {argument: name in `jaxq.transforms.registry.STATISTICS`}
+    of what it is given about the site by default; "none" leaves an argument out, and a rule may name others.
     """
 
     solve: Callable[..., Any]
-    statistic: str | None = None
+    format: type[Format]
+    statistics: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 SOLVERS: dict[str, Solver] = {
-    "rtn": Solver(rtn),
-    "gptq": Solver(gptq_solve, "hessian"),
+    "rtn": Solver(rtn, Uniform),
+    "gptq": Solver(gptq_solve, Uniform, {"hessian": "hessian"}),
+    "kmeans": Solver(kmeans_solve, Codebook, {"importance": "fisher"}),
+    "lnq": Solver(lnq_solve, Codebook, {"hessian": "hessian", "importance": "none"}),
 }

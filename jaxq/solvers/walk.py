@@ -12,8 +12,17 @@ from jaxtyping import Array, Float
 from jaxq.formats.uniform import Uniform, dequantize_codes, quantize_codes
 from jaxq.solvers.schedule import Schedule
 
-Grid = tuple[Array, Array]
+Grid = tuple[Array, ...]
 Found = tuple[Array, Grid | None]
+Rounding = Callable[..., tuple[Array, Array]]
+
+
+def on_uniform_grid(
+    value: Array, target: Array, scale: Array, zero: Array, *, format: Uniform
+) -> tuple[Array, Array]:
+    """The rounding of GPTQ: the nearest point of a uniform grid, `(codes, points)`."""
+    codes = quantize_codes(value, scale, zero, format)
+    return codes, dequantize_codes(codes, scale, zero)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +35,29 @@ class Walk:
     unrolled, which makes its steps one fused loop.
 
     Args:
-        coupling: unit upper triangular, see `factor.factorize`, padded by the schedule.
+        coupling: what an error adds to the rows after it, `[before, after]`; read above the diagonal only.
+            Padded by the schedule.
         schedule: the nested piece sizes.
-        format: the grid's settings.
-        fit: scale and zero of a `(group, out)` piece.
-        grid: scale and zero `(1, out or 1)` or `(in, out)`; None to fit one for each slot on the way.
+        rounding: `(value, target, *grid of the row) -> (found, point)`, all of shape `(out,)`: what to keep of
+            the row, and the number that stands for it; its error is `target - point`.
+        grid: arrays `(in, ...)`, or `(1, ...)` where all rows share one; None to fit one for each slot on the
+            way.
+        fit: the grid of a `(group, out)` piece; needed for fitting only.
         completion: see `factor.completions`; needed for fitting only.
     """
 
     coupling: Float[Array, "in in"]
     schedule: Schedule
-    format: Uniform
-    fit: Callable[[Array], Grid]
+    rounding: Rounding
     grid: Grid | None
+    fit: Callable[[Array], Grid] | None = None
     completion: Float[Array, "slots slot slot"] | None = None
 
-    def run(self, w: Float[Array, "in out"]) -> Found:
-        """Codes `(in, out)` and the fitted grids `(slots, out)`, None if the grid was given."""
+    def run(self, w: Float[Array, "in out"], received: Float[Array, "in out"] | None = None) -> Found:
+        """What the rounding found, `(in, out)`, and the fitted grids `(slots, out)`, None if the grid was given.
+
+        `received`: what the rows are to be moved by before any error arrives.
+        """
         panel = self.schedule.sizes[0]
 
         def step(error: Array, index: Array) -> tuple[Array, Found]:
@@ -53,7 +68,8 @@ class Walk:
                 coupling = jax.lax.dynamic_slice(self.coupling, (before * panel, start), (panel, panel))
                 return corrected + _feedback(coupling, _rows(error, before * panel, panel))
 
-            corrected = jax.lax.fori_loop(0, index, receive, target)
+            moved = target if received is None else target + _rows(received, start, panel)
+            corrected = jax.lax.fori_loop(0, index, receive, moved)
             inner, found = self._piece(0, start, corrected, target, self.grid)
             return _put(error, inner, start), found
 
@@ -70,6 +86,7 @@ class Walk:
         sizes = self.schedule.sizes
         fitted = None
         if self.completion is not None and sizes[level] == self.schedule.slot:
+            assert self.fit is not None
             inverse = jax.lax.dynamic_index_in_dim(self.completion, start // sizes[level], keepdims=False)
             grid = fitted = self.fit(target + _feedback(inverse, corrected - target))
         if level == len(sizes) - 1:
@@ -94,15 +111,16 @@ class Walk:
         size = corrected.shape[0]
         coupling = jax.lax.dynamic_slice(self.coupling, (start, start), (size, size))
         here = (x if x.shape[0] == 1 else _rows(x, start, size) for x in grid)
-        scale, zero = (jnp.broadcast_to(x, (size, x.shape[1])) for x in here)
+        settings = [jnp.broadcast_to(x, (size, *x.shape[1:])) for x in here]
         errors: list[Array] = []
         codes: list[Array] = []
         for row in range(size):
             value = corrected[row]
             for before, error in enumerate(errors):
                 value = value + coupling[before, row] * error
-            codes.append(quantize_codes(value, scale[row], zero[row], self.format))
-            errors.append(target[row] - dequantize_codes(codes[row], scale[row], zero[row]))
+            code, point = self.rounding(value, target[row], *(x[row] for x in settings))
+            codes.append(code)
+            errors.append(target[row] - point)
         return jnp.stack(errors), jnp.stack(codes)
 
 
