@@ -41,8 +41,8 @@ def load(path: str | Path, *, lazy: bool = False, dtype: Any = None) -> Model:
     """
     path = Path(path)
     dtype = param_dtype(dtype)
-    hf = _read_json(path / "config.json")
-    config = dataclasses.replace(ModelConfig.from_hf(hf), **_generation_ids(path))
+    hf = read_json(path / "config.json")
+    config = dataclasses.replace(ModelConfig.from_hf(hf), **generation_ids(path))
     tensors, fingerprint = read_tensors(path)
     params = match(config, tensors, dtype)
     if not lazy:
@@ -106,7 +106,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor of a checkpoint by name, and {"bytes", "header_sha256"} of its files."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise JaxqError(f"{index}: no weight_map of tensor names to files")
         files = sorted(set(weight_map.values()))
@@ -152,7 +152,7 @@ def _reader(tensor: Tensor, turn: bool) -> Any:
     return (lambda: tensor.view().T) if turn else tensor.view
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,9 +164,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _generation_ids(path: Path) -> dict[str, Any]:
+def generation_ids(path: Path) -> dict[str, Any]:
     """Chat models often name more end tokens in generation_config.json than in config.json."""
     file = path / "generation_config.json"
-    found = _read_json(file) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
     eos = found.get("eos_token_id")
     return {} if eos is None else {"eos": token_ids(eos)}
