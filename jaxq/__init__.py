@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxq.errors import JaxqError as JaxqError
+from jaxq.formats import Codebook as Codebook
+from jaxq.formats import DenseSparse as DenseSparse
 from jaxq.formats import Layout as Layout
 from jaxq.formats import QuantizedArray as QuantizedArray
 from jaxq.formats import Uniform as Uniform
@@ -23,15 +25,21 @@ from jaxq.report import SiteReport as SiteReport
 from jaxq.sites import Site as Site
 from jaxq.sites import sites as sites
 from jaxq.solvers.gptq import gptq as gptq
+from jaxq.solvers.kmeans import kmeans as kmeans
+from jaxq.solvers.lnq import lnq as lnq
 from jaxq.solvers.rtn import rtn as rtn
 from jaxq.stages import Stage as Stage
 from jaxq.stages import stages as stages
+from jaxq.transforms.gradients import Fisher as Fisher
+from jaxq.transforms.gradients import GuidedHessian as GuidedHessian
 from jaxq.transforms.statistics import Hessian as Hessian
 from jaxq.transforms.statistics import Moments as Moments
 from jaxq.transforms.statistics import Range as Range
 from jaxq.transforms.statistics import Statistic as Statistic
 
 if TYPE_CHECKING:
+    from jaxq import interop as interop
+    from jaxq import losses as losses
     from jaxq import models as models
     from jaxq import recipes as recipes
     from jaxq.checkpoint import load as load
@@ -41,6 +49,8 @@ __version__ = "0.1.0"
 
 # Flax, Orbax and transformers take seconds to import: they wait until somebody asks.
 _LATER = {
+    "interop": None,
+    "losses": None,
     "models": None,
     "recipes": None,
     "evaluate": None,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxq import tracing
@@ -14,8 +15,8 @@ from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
 from jaxq.recipe import Recipe, Rule
 from jaxq.sites import Site, sites
-from jaxq.solvers.registry import SOLVERS
 from jaxq.stages import stages
+from jaxq.transforms.registry import STATISTICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def targets(
             continue
         with at_path(path):
             rule.format.abstract(site.matrix_shape, site.dtype, site.layout)
-        if SOLVERS[rule.solver].statistic is not None and site.kind == "embedding":
+        if rule.needs and site.kind == "embedding":
             raise JaxqError(f"{path} is a look-up: no data flows into it, so {rule.solver} cannot fit it; use rtn")
         out[path] = Target(site, rule)
     return list(found.values()), out
@@ -125,17 +126,32 @@ def plan(fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, batche
 def _working_bytes(
     fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, chosen: dict[str, Target], batches: int
 ) -> int:
-    """The largest stage: its float weights, its Hessians, and two streams of activations."""
+    """The largest stage: its float weights, its statistics, and the activations that are kept meanwhile.
+
+    Forwards, those are two streams at one cut; backwards, the inputs of every stage.
+    """
     flat = tracing.flatten(params)
     if not recipe.needs_data:
         return max((nbytes(flat[p]) for p in chosen), default=0)
     worst = 0
     pieces = stages(fn, params, *arguments(batch))
+    saved = (
+        batches * sum(nbytes(a) for p in pieces for a in p.program.input_avals) if recipe.needs_gradients else 0
+    )
     for n, stage in enumerate(pieces):
         weights = sum(nbytes(flat[s.path]) for s in stage.paths)
-        # A Hessian, its damped copy, its factor and the inverse of that.
-        hessians = sum(4 * 4 * chosen[s.path].site.in_size ** 2 for s in stage.paths if s.path in chosen)
+        statistics = sum(_statistic_bytes(chosen[s.path]) for s in stage.paths if s.path in chosen)
         live = sum(nbytes(a) for a in stage.program.input_avals)
         streams = 2 * batches * live if n else 0
-        worst = max(worst, weights + hessians + streams)
+        worst = max(worst, weights + statistics + max(streams, saved))
     return worst
+
+
+def _statistic_bytes(target: Target) -> int:
+    """What the solver of one leaf is given, and makes of it."""
+    total = 0
+    for name in target.rule.needs.values():
+        state = jax.eval_shape(lambda name=name: STATISTICS[name].init(target.site))
+        # A Hessian, its damped copy, its factor and the inverse of that.
+        total += 4 * sum(nbytes(x) for x in jax.tree.leaves(state))
+    return total

@@ -11,8 +11,13 @@ from typing import Any
 from jaxq import formats
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format
+from jaxq.formats.dense_sparse import DenseSparse
 from jaxq.patterns import matches
 from jaxq.solvers.registry import SOLVERS
+from jaxq.transforms.registry import STATISTICS, needs_gradients
+
+#: Options of `jaxq.solvers.split.solve_split` that a rule may set.
+SPLIT_OPTIONS = frozenset({"sensitive"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,45 +25,88 @@ class Rule:
     """What to do with the parameters whose path matches a pattern.
 
     solver: a name in `jaxq.solvers.registry.SOLVERS`; None leaves the parameters in float. options: settings of
-    the solver, by name.
+    the solver, by name. statistics: {argument of the solver: name in `jaxq.transforms.registry.STATISTICS`, or
+    "none"}, where they differ from the solver's own. With a `DenseSparse` format the solver fits its base, the
+    options of the split (`sensitive`) stand beside the solver's, and its `sensitivity` is a statistic.
     """
 
     pattern: str
     solver: str | None = None
     format: Format | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.solver is None:
             return
         if self.solver not in SOLVERS:
-            raise JaxqError(f"rule {self.pattern!r}: unknown solver {self.solver!r}; use {', '.join(SOLVERS)}")
+            raise self.error(f"unknown solver {self.solver!r}; use {', '.join(SOLVERS)}")
         if self.format is None:
-            raise JaxqError(f"rule {self.pattern!r}: solver {self.solver} needs a format")
-        known = inspect.signature(SOLVERS[self.solver].solve).parameters
+            raise self.error(f"solver {self.solver} needs a format")
+        solver = SOLVERS[self.solver]
+        split = isinstance(self.format, DenseSparse)
+        base = self.format.base if isinstance(self.format, DenseSparse) else self.format
+        if not isinstance(base, solver.format):
+            raise self.error(f"solver {self.solver} fits the format {solver.format.name!r}, not {base.name!r}")
+        known = (
+            set(inspect.signature(solver.solve).parameters) - set(solver.statistics) - {"w", "format", "layout"}
+        )
+        known |= SPLIT_OPTIONS if split else set()
         unknown = [k for k in self.options if k not in known]
         if unknown:
-            raise JaxqError(f"rule {self.pattern!r}: solver {self.solver} has no option {', '.join(unknown)}")
+            raise self.error(f"solver {self.solver} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        arguments = {*solver.statistics, *(("sensitivity",) if split else ())}
+        for argument, name in self.statistics.items():
+            if argument not in arguments:
+                raise self.error(f"solver {self.solver} takes no statistic {argument!r}; it takes {arguments}")
+            if name != "none" and name not in STATISTICS:
+                raise self.error(f"unknown statistic {name!r}; use {', '.join(STATISTICS)} or none")
+
+    def error(self, message: str) -> JaxqError:
+        return JaxqError(f"rule {self.pattern!r}: {message}")
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """{argument: name} of the statistics that the solver will be given."""
+        if self.solver is None:
+            return {}
+        named = {**SOLVERS[self.solver].statistics}
+        if isinstance(self.format, DenseSparse) and self.options.get("sensitive"):
+            named["sensitivity"] = "fisher"
+        return {argument: name for argument, name in {**named, **self.statistics}.items() if name != "none"}
+
+    @property
+    def needs_gradients(self) -> bool:
+        return any(needs_gradients(STATISTICS[name]) for name in self.needs.values())
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"pattern": self.pattern}
         if self.solver is not None and self.format is not None:
-            out |= {"solver": self.solver, "format": self.format.to_dict()}
             # TOML has no null: a setting left out has its default, and None is written as the word.
-            out["format"] = {k: "none" if v is None else v for k, v in out["format"].items()}
+            out |= {"solver": self.solver, "format": _replaced(self.format.to_dict(), None, "none")}
             if self.options:
                 out["options"] = dict(self.options)
+            if self.statistics:
+                out["statistics"] = dict(self.statistics)
         return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Rule:
-        unknown = set(data) - {"pattern", "solver", "format", "options"}
+        unknown = set(data) - {"pattern", "solver", "format", "options", "statistics"}
         if unknown or "pattern" not in data:
-            raise JaxqError(f"a rule has pattern, solver, format and options, not {sorted(data)}")
+            raise JaxqError(f"a rule has pattern, solver, format, options and statistics, not {sorted(data)}")
         fmt = data.get("format")
         if fmt is not None:
-            fmt = formats.from_dict({k: None if v == "none" else v for k, v in fmt.items()})
-        return cls(data["pattern"], data.get("solver"), fmt, dict(data.get("options", {})))
+            fmt = formats.from_dict(_replaced(fmt, "none", None))
+        extras = (dict(data.get(name, {})) for name in ("options", "statistics"))
+        return cls(data["pattern"], data.get("solver"), fmt, *extras)
+
+
+def _replaced(data: Any, old: Any, new: Any) -> Any:
+    """Nested dictionaries with one value in place of another."""
+    if isinstance(data, dict):
+        return {key: _replaced(value, old, new) for key, value in data.items()}
+    return new if data == old else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +131,13 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        return any(r.solver is not None and SOLVERS[r.solver].statistic is not None for r in self.rules)
+        """Whether a rule's solver is given statistics of calibration data."""
+        return any(r.needs for r in self.rules)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a rule's solver is given statistics of a loss's gradient."""
+        return any(r.needs_gradients for r in self.rules)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "rules": [r.to_dict() for r in self.rules]}

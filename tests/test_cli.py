@@ -129,6 +129,25 @@ def test_quantize_writes_a_whole_directory(out):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
 
 
+def test_squeezellm_with_a_sparse_part(place, tmp_path):
+    command = ["quantize", place / "model", tmp_path / "out", "--recipe", "squeezellm", "--bits", "3"]
+    command += ["--sparsity", "0.02", "--calibration", place / "text.txt", "--samples", "4", "--seq-len", "16"]
+    planned = parsed(*command, "--dry-run")
+    assert not (tmp_path / "out").exists()
+    done = parsed(*command)
+    assert done["bytes_after"] == planned["bytes_after"]
+    assert {site["format"] for site in done["sites"] if site["path"].endswith("up/kernel")} == {
+        "codebook 3-bit + 2% sparse"
+    }
+    by_path = {item["path"]: item for item in parsed("inspect", tmp_path / "out", "--verify")["params"]}
+    found = by_path["layers/0/mlp/up/kernel"]["format"]
+    assert (found["name"], found["base"]["bits"], found["sparsity"]) == ("dense_sparse", 3, 0.02)
+    score = parsed("eval", tmp_path / "out", "--data", place / "text.txt", "--windows", "2", "--seq-len", "16")
+    assert score["perplexity"] > 1
+    refused = run("quantize", place / "model", tmp_path / "no", "--recipe", "gptq", "--sparsity", "0.02")
+    assert refused.exit_code == 2 and "no setting sparsity" in refused.stderr
+
+
 def test_inspect(out):
     found = parsed("inspect", out)
     assert found["recipe"]["name"] == "gptq" and found["schema"] == 1 and found["verified"] is False
@@ -408,7 +427,7 @@ def test_settings_are_checked():
 # Help, progress, interrupts.
 
 
-@pytest.mark.parametrize("command", ["sites", "quantize", "eval", "generate", "inspect", "recipes"])
+@pytest.mark.parametrize("command", ["sites", "quantize", "eval", "generate", "inspect", "recipes", "import"])
 def test_every_command_has_help_with_examples(command):
     done = run(command, "--help")
     assert done.exit_code == 0

@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from jaxq.cli import commands
-from jaxq.cli.console import complain
+from jaxq.cli.console import complain, remember_interrupts
+from jaxq.cli.importing import import_model
 from jaxq.cli.quantize import quantize
 from jaxq.errors import JaxqError
 
@@ -92,6 +93,7 @@ for _command, _name, _lines in (
         "quantize",
         (
             "jaxq quantize smollm2-135m out --recipe gptq --bits 3 --group-size 64 --calibration essays",
+            "jaxq quantize smollm2-135m out --recipe squeezellm --bits 3 --sparsity 0.0045 --calibration essays",
             "jaxq quantize ./llama out --recipe rtn --bits 4 --dry-run",
             "jaxq quantize ./llama out --recipe mine.toml --calibration notes.txt --overwrite",
         ),
@@ -112,6 +114,14 @@ for _command, _name, _lines in (
             'jaxq generate out --prompt "What is a prime number?" --chat --temperature 0.7 --seed 1',
         ),
     ),
+    (
+        import_model,
+        "import",
+        (
+            "jaxq import sq-vicuna-7b-w3-s45.pt out --model ./vicuna-7b",
+            "jaxq import ./packed out --model ./llama --json --overwrite",
+        ),
+    ),
     (commands.inspect, "inspect", ("jaxq inspect out", "jaxq inspect out --verify --json")),
     (
         commands.recipes,
@@ -126,4 +136,5 @@ def main() -> None:
     """The `jaxq` program."""
     # transformers only reads tokenizers here, and would say at each start that it misses PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    remember_interrupts()
     app()

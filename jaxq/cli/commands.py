@@ -188,6 +188,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe as TOML.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a code.")] = None,
     group_size: Annotated[str | None, typer.Option(help="A number, channel (or 0), tensor.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of weights kept exactly.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting.")
     ] = None,
@@ -204,7 +205,7 @@ def recipes(
             rows = [[item["name"], item["description"]] for item in names]
             console.out().print(console.table("recipes", [("name", "left"), ("what it does", "left")], rows))
         return
-    recipe = sources.read_recipe(name, sources.settings_of(bits, group_size, setting or []))
+    recipe = sources.read_recipe(name, sources.settings_of(bits, group_size, setting or [], sparsity))
     if as_json:
         console.print_json(recipe.to_dict())
     else:

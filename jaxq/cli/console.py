@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,23 @@ from jaxq.report.records import duration
 
 LINE_SECONDS = 5.0
 """Without a terminal, progress is a plain line at most this often."""
+
+
+_interrupted = False
+
+
+def remember_interrupts() -> None:
+    """Makes an interrupt count even where Python loses it.
+
+    A KeyboardInterrupt raised inside a finalizer or a callback from C is printed or dropped, and the work goes on.
+    """
+
+    def handler(signum: int, frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
 
 
 def out() -> Console:
@@ -62,7 +80,9 @@ class Meter:
         self._last = -math.inf
 
     def update(self, share: float, detail: str, eta: float = math.nan) -> None:
-        """Show that `share` (0 to 1) is done; eta in seconds, nan if unknown."""
+        """Show that `share` (0 to 1) is done; eta in seconds, nan if unknown. Ends an interrupted run."""
+        if _interrupted:
+            raise KeyboardInterrupt
         # Before this much is done, compilation is most of the time and an estimate would be wild.
         rest = f", {duration(eta)} left" if math.isfinite(eta) and 0.05 <= share < 1 else ""
         if self._progress is not None and self._task is not None:

@@ -34,6 +34,10 @@ def quantize(
             help="Weights that share a scale: a number, [bold]channel[/bold] (or 0), [bold]tensor[/bold]."
         ),
     ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of weights kept exactly, beside codebooks; the paper's is 0.0045."),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe.")
     ] = None,
@@ -63,13 +67,14 @@ def quantize(
 
     if not dry_run:
         checkpoint.check_destination(out, overwrite)
-    chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or []))
+    chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or [], sparsity))
     if chosen.needs_data and calibration is None:
         raise JaxqError(f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays")
     opened = sources.open_model(model, lazy=True, dtype=dtype)
     if opened.report is not None:
         raise JaxqError(f"{model} is quantized already: give the float model that it was made from")
-    rows = _batch_size(samples, batch) if chosen.needs_data else 1
+    most = min(batch, _backward_rows(opened.model, seq_len)) if chosen.needs_gradients else batch
+    rows = _batch_size(samples, most) if chosen.needs_data else 1
     shape = (rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
     if dry_run:
         _print_plan(_plan(opened.model, chosen, shape, samples // rows), chosen, as_json)
@@ -97,6 +102,11 @@ def quantize(
     else:
         result.report.table(console.out())
         console.out().print(f"written to {out}", markup=False)
+
+
+def _backward_rows(model: Model, seq_len: int) -> int:
+    """Windows whose float32 logits, and gradients of them, stay within half a gigabyte."""
+    return max(1, (1 << 28) // (4 * model.config.vocab_size * seq_len))
 
 
 def _batch_size(samples: int, most: int) -> int:
@@ -145,7 +155,9 @@ def _run(model: Model, recipe: Recipe, batches: list[Any] | None, shape: tuple[i
 
         meter.update(0.0, "starting")
         example = [np.zeros(shape, np.int32)]
-        return jaxq.quantize(model.apply, model.params, batches or example, recipe, progress=show)
+        return jaxq.quantize(
+            model.apply, model.params, batches or example, recipe, loss=jaxq.losses.next_token, progress=show
+        )
 
 
 def _summary(report: Report, out: str) -> dict[str, Any]:

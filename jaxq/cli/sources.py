@@ -85,9 +85,11 @@ def read_recipe(name: str, settings: dict[str, Any]) -> Recipe:
         raise JaxqError(f"{name}: {error}") from error
 
 
-def settings_of(bits: int | None, group_size: str | None, extra: list[str]) -> dict[str, Any]:
-    """Return the settings that --bits, --group-size and --set KEY=VALUE give."""
-    found: dict[str, Any] = {}
+def settings_of(
+    bits: int | None, group_size: str | None, extra: list[str], sparsity: float | None = None
+) -> dict[str, Any]:
+    """Return the settings that --bits, --group-size, --sparsity and --set KEY=VALUE give."""
+    found: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
     if bits is not None:
         found["bits"] = bits
     if group_size is not None:

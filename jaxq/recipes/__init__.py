@@ -7,9 +7,17 @@ from collections.abc import Callable
 
 from jaxq.errors import JaxqError
 from jaxq.recipe import Recipe
+from jaxq.recipes.codebook import guided, kmeans, lnq, squeezellm
 from jaxq.recipes.uniform import gptq, rtn
 
-NAMED: dict[str, Callable[..., Recipe]] = {"rtn": rtn, "gptq": gptq}
+NAMED: dict[str, Callable[..., Recipe]] = {
+    "rtn": rtn,
+    "gptq": gptq,
+    "kmeans": kmeans,
+    "squeezellm": squeezellm,
+    "lnq": lnq,
+    "guided": guided,
+}
 
 
 def names() -> list[tuple[str, str]]:

@@ -25,7 +25,8 @@ class SiteReport:
       format: how it is stored now, such as "uniform 4-bit g64"; "dense" or "" when it was left alone.
       bits_per_weight: bits per logical weight with every scale, zero point and codebook counted.
       bytes_before, bytes_after: exact bytes of the leaf.
-      error: relative output error ||X (W - Wq)|| / ||X W|| on the calibration activations; nan if unknown.
+      error: relative error in the measure that the solver minimises: of the layer's output on the calibration
+        activations, ||X (W - Wq)|| / ||X W||, or of the weights weighted by their importance; nan if unknown.
       seconds: wall time spent on this site.
       note: why the site runs dense or fell back; "" when all is well.
     """

@@ -1,0 +1,136 @@
+"""The driver on recipes whose solvers ask for the loss's gradient: codebooks, sparse parts, mixed statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import JaxqError, Recipe, Rule, losses, recipes, tracing
+from jaxq.formats import Codebook, DenseSparse
+from jaxq.solvers.registry import SOLVERS
+
+from . import zoo
+
+PATTERN = "**/kernel"
+
+
+def tokens(n=2):
+    return [jax.random.randint(jax.random.key(i), (3, 7), 0, 40) for i in range(n)]
+
+
+def fisher(case, batches):
+    found = jaxq.observe(case.fn, case.params, batches, {PATTERN: jaxq.Fisher()}, loss=losses.next_token)
+    return {path: jaxq.Fisher().finalize(state) for path, state in found.items()}
+
+
+def test_kmeans_gets_the_fisher_information_of_the_float_model():
+    case, batches = zoo.language(), tokens()
+    events = []
+    recipe = recipes.named("squeezellm", bits=2, pattern=PATTERN)
+    result = jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token, progress=events.append)
+    flat, solved = tracing.flatten(case.params), tracing.flatten(result.params)
+    for path, importance in fisher(case, batches).items():
+        layout = zoo.chosen(case)[path].layout
+        want = jaxq.kmeans(layout.to_canonical(flat[path]), importance, Codebook(2))
+        same = np.asarray(solved[path].dequantize()) == np.asarray(layout.from_canonical(want.matrix()))
+        assert same.mean() > 0.99 and solved[path].shape == flat[path].shape
+    rows = [r for r in result.report.rows if r.quantized]
+    assert [e.path for e in events][::-1] and len(events) == len(rows)
+    assert all(r.error < 0.6 for r in rows)
+    shares = [e.seconds / (e.seconds + e.eta) for e in events]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+
+
+def test_a_sparse_part_holds_the_most_sensitive_and_the_largest_weights_exactly():
+    case, batches = zoo.language(), tokens()
+    recipe = recipes.named("squeezellm", bits=2, sparsity=0.05, sensitive=0.02, pattern=PATTERN)
+    result = jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token)
+    flat, solved = tracing.flatten(case.params), tracing.flatten(result.params)
+    for path, importance in fisher(case, batches).items():
+        w = np.asarray(zoo.chosen(case)[path].layout.to_canonical(flat[path]))
+        dense = np.asarray(solved[path].matrix())
+        first = np.argsort(-np.asarray(importance), axis=None)[: round(0.02 * w.size)]
+        # One rounding of the sum, whose terms are as large as the entries of the table.
+        np.testing.assert_allclose(dense.reshape(-1)[first], w.reshape(-1)[first], rtol=1e-6, atol=1e-7)
+        rest = np.delete(np.abs(w).reshape(-1), first)
+        threshold = np.sort(rest)[-(round(0.05 * w.size) - len(first))]
+        large = np.abs(w) >= threshold
+        np.testing.assert_allclose(dense[large], w[large], rtol=1e-6, atol=1e-7)
+        assert solved[path].format == DenseSparse(Codebook(2), 0.05)
+    out = jax.jit(jaxq.quantized(case.fn))(result.params, batches[0])
+    want = case.fn(jaxq.dequantize(result.params), batches[0])
+    np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("importance", ["none", "fisher"])
+def test_error_feedback_on_tables_lowers_the_output_error(importance):
+    case, batches = zoo.language(), tokens(3)
+    run = lambda recipe: jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token)  # noqa: E731
+    plain = run(recipes.named("kmeans", bits=2, pattern=PATTERN))
+    better = run(recipes.named("lnq", bits=2, importance=importance, pattern=PATTERN))
+    assert len(better.report.drift) and np.isfinite(better.report.error)
+    want = case.fn(case.params, batches[0])
+    far = [float(jnp.linalg.norm(jaxq.quantized(case.fn)(r.params, batches[0]) - want)) for r in (better, plain)]
+    assert far[0] < far[1]
+
+
+def test_guided_hessians_and_a_sparse_part_in_stacked_layers():
+    case = zoo.scanned()
+    loss = lambda out, *_: jnp.sum(out**2, axis=tuple(range(1, out.ndim)))  # noqa: E731
+    recipe = recipes.named("guided", bits=2, sparsity=0.02, pattern=PATTERN)
+    result = jaxq.quantize(case.fn, case.params, [case.args], recipe, loss=loss)
+    leaf = tracing.flatten(result.params)["params/layers/block/mlp/up/kernel"]
+    assert leaf.batch_shape == (3,) and leaf.shape == (3, 16, 48) and leaf.rows.shape[0] == 3
+    out, want = (jaxq.quantized(case.fn)(p, *case.args) for p in (result.params, case.params))
+    assert float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want)) < 0.6
+
+
+def test_rules_of_every_kind_in_one_recipe():
+    case, batches = zoo.language(), tokens()
+    rules = (
+        Rule("**/query/kernel", "kmeans", Codebook(3)),
+        Rule("**/key/kernel", "kmeans", Codebook(3), {}, {"importance": "none"}),
+        Rule("**/up/kernel", "gptq", jaxq.Uniform(3, None)),
+        Rule("**/down/kernel", "rtn", DenseSparse(jaxq.Uniform(3, None), 0.03), {"sensitive": 0.01}),
+    )
+    recipe = Recipe("mixed", rules)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert recipe.needs_gradients and recipe.needs_data
+    result = jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token)
+    formats = {r.path.split("/")[-2]: r.format for r in result.report.rows if r.quantized}
+    assert formats == {"query": "codebook 3-bit", "key": "codebook 3-bit", "up": "uniform 3-bit channel",
+                       "down": "uniform 3-bit channel + 3% sparse"}  # fmt: skip
+    plan = jaxq.plan(case.fn, case.params, batches[0], recipe, batches=2)
+    assert plan.bytes_after == result.report.bytes_after
+    assert plan.peak_bytes > jaxq.plan(case.fn, case.params, batches[0], recipe, batches=1).peak_bytes
+
+
+def test_labels_are_targets_of_the_loss(key):
+    k = jax.random.split(key, 3)
+    params = {"a": jax.random.normal(k[0], (6, 8)), "b": jax.random.normal(k[1], (8, 3))}
+    x, labels = jax.random.normal(k[2], (10, 6)), jnp.arange(10) % 3
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
+    recipe = Recipe("squeezellm", (Rule("*", "kmeans", Codebook(2)),))
+    result = jaxq.quantize(fn, params, [x], recipe, loss=losses.classification, targets=[labels])
+    assert all(jaxq.is_quantized(q) for q in result.params.values())
+
+
+def test_bad_rules_and_runs_are_refused():
+    case, batches = zoo.language(), tokens(1)
+    with pytest.raises(JaxqError, match="needs a loss: give loss=jaxq.losses.next_token"):
+        jaxq.quantize(case.fn, case.params, batches, recipes.named("squeezellm", pattern=PATTERN))
+    with pytest.raises(JaxqError, match="fits the format 'codebook', not 'uniform'"):
+        Rule("*", "kmeans", jaxq.Uniform(4))
+    with pytest.raises(JaxqError, match="has no option sensitive"):
+        Rule("*", "kmeans", Codebook(4), {"sensitive": 0.1})
+    with pytest.raises(JaxqError, match="takes no statistic 'hessian'"):
+        Rule("*", "kmeans", Codebook(4), {}, {"hessian": "hessian"})
+    with pytest.raises(JaxqError, match="unknown statistic 'guess'"):
+        Rule("*", "kmeans", Codebook(4), {}, {"importance": "guess"})
+    with pytest.raises(JaxqError, match="give a sparsity above 0"):
+        recipes.named("squeezellm", sensitive=0.001)
+    assert SOLVERS["kmeans"].statistics == {"importance": "fisher"}
+    assert dataclasses.replace(Rule("*", "kmeans", Codebook(4)), statistics={"importance": "none"}).needs == {}
