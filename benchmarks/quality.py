@@ -40,8 +40,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lnq": ("lnq", {}),
     "lnq, fisher start": ("lnq", {"importance": "fisher"}),
     "lnq + 0.45%": ("lnq", {"sparsity": SPARSITY}),
-    "guided": ("guided", {}),
-    "guided + 0.45%": ("guided", {"sparsity": SPARSITY}),
+    "guided": ("guided", {"stream": "float"}),
+    "guided, stream": ("guided", {"stream": "quantized"}),
+    "guided + 0.45%": ("guided", {"stream": "float", "sparsity": SPARSITY}),
+    "guided, stream + 0.45%": ("guided", {"stream": "quantized", "sparsity": SPARSITY}),
 }
 
 

@@ -54,9 +54,13 @@ class ProbeRules(ObserveRules):
     keep_custom_rules = False
     follow_names = False
 
-    def __init__(self, statistics: dict[str, Any], shapes: dict[str, Any], weights: Any, probes: dict[str, Any]):
+    def __init__(
+        self, statistics: dict[str, Any], shapes: dict[str, Any], weights: Any, probes: dict[str, Any] | None
+    ):
         super().__init__(statistics, shapes, weights)
         self.probes = probes
+        #: Without probes, what shapes they must have.
+        self.wanted: dict[str, Any] = {}
 
     def site(self, use: Use, leaf: Leaf, x: Any, dense: Callable[[], Any]) -> tuple[Any, Records]:
         statistic: Any = self.statistic(leaf.path)
@@ -85,7 +89,11 @@ class ProbeRules(ObserveRules):
                 update = jax.vmap(update)
             return update(x, use.canonical_output(g, tokens))
 
-        return _probe(statistics)(dense(), inputs, weights, self.probes[leaf.path]), {}
+        y = dense()
+        if self.probes is None:
+            self.wanted[leaf.path] = jax.eval_shape(statistics, inputs, y, weights)
+            return y, {}
+        return _probe(statistics)(y, inputs, weights, self.probes[leaf.path]), {}
 
 
 def _core(site: Site) -> Site:
@@ -123,17 +131,20 @@ class Probes:
     statistics: dict[str, Any]
     sites: dict[str, Site]
 
-    def zeros(self) -> dict[str, Any]:
-        def stacked(path: str) -> Any:
-            site = self.sites[path]
-            lead = tuple(site.shape[a] for a in site.batch_axes)
-            state = self.statistics[path].init(_core(site))
-            return jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), state)
+    def zeros(self, leaves: list[Any], inputs: list[Any], weights: Any) -> dict[str, Any]:
+        """The probes: a state of each statistic."""
+        shapes: dict[str, Any] = {}
 
-        return {path: stacked(path) for path in self.statistics}
+        def trace(leaves: list[Any], inputs: list[Any], weights: Any) -> None:
+            shapes.update(self.run(leaves, inputs, None, weights)[1].wanted)
 
-    def run(self, leaves: list[Any], inputs: list[Any], probes: dict[str, Any], weights: Any) -> list[Any]:
-        """The program's outputs, with probes at its sites."""
+        jax.eval_shape(trace, leaves, inputs, weights)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def run(
+        self, leaves: list[Any], inputs: list[Any], probes: dict[str, Any] | None, weights: Any
+    ) -> tuple[list[Any], ProbeRules]:
+        """The program's outputs, with probes at its sites, and the rules that put them there."""
         call = tracing.trace(self.program.run, (leaves, inputs))
         shapes = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in zip(call.paths, call.values, strict=True)}
         rules = ProbeRules(self.statistics, shapes, weights, probes)
@@ -143,7 +154,7 @@ class Probes:
         ]
         walk = Walk(rules)
         outs, _ = walk.run(call.jaxpr, call.consts, values)
-        return call.finish([walk.plain(o) for o in outs])
+        return call.finish([walk.plain(o) for o in outs]), rules
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,9 +188,9 @@ def _pull(
     def outputs(zeros: dict[str, Any], floats: list[Any]) -> list[Any]:
         given = iter(floats)
         mixed = [next(given) if _is_float(x) else x for x in inputs]
-        return [y for y in probes.run(leaves, mixed, zeros, weights) if _is_float(y)]
+        return [y for y in probes.run(leaves, mixed, zeros, weights)[0] if _is_float(y)]
 
-    pull = jax.vjp(outputs, probes.zeros(), floats)[1]
+    pull = jax.vjp(outputs, probes.zeros(leaves, inputs, weights), floats)[1]
     return pull(cotangents)
 
 

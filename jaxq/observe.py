@@ -22,7 +22,10 @@ from jaxq.uses import Use
 
 
 class ObserveRules(Rules):
-    """Records statistics at the sites whose path a pattern matches; everything runs as it is."""
+    """Records statistics at the sites whose path a pattern matches; everything runs as it is.
+
+    weights: token weights for all sites, or {path: the site's own, "": those of all others}.
+    """
 
     follow_names = True
 
@@ -47,6 +50,10 @@ class ObserveRules(Rules):
     def token_weights(self, path: str, tokens: tuple[int, ...]) -> Any:
         """Weights for data of these leading sizes; trailing extra axes repeat their token's weight."""
         w = self.weights
+        if isinstance(w, dict):
+            if path in w:
+                return w[path]
+            w = w[""]
         if w is None:
             return None
         if tuple(tokens[: w.ndim]) != tuple(w.shape):

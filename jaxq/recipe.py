@@ -14,7 +14,7 @@ from jaxq.formats.base import Format
 from jaxq.formats.dense_sparse import DenseSparse
 from jaxq.patterns import matches
 from jaxq.solvers.registry import SOLVERS
-from jaxq.transforms.registry import STATISTICS, needs_gradients
+from jaxq.transforms.registry import STATISTICS, of_gradient
 
 #: Options of `jaxq.solvers.split.solve_split` that a rule may set.
 SPLIT_OPTIONS = frozenset({"sensitive"})
@@ -77,7 +77,7 @@ class Rule:
 
     @property
     def needs_gradients(self) -> bool:
-        return any(needs_gradients(STATISTICS[name]) for name in self.needs.values())
+        return bool(of_gradient(self.needs.values()))
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"pattern": self.pattern}

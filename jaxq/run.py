@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.errors import JaxqError
 from jaxq.formats.base import QuantizedArray, is_quantized
 from jaxq.formats.dense_sparse import DenseSparse
 from jaxq.gradients import States, Sweep, program_sites
@@ -26,7 +27,7 @@ from jaxq.solvers.registry import SOLVERS
 from jaxq.solvers.split import solve_split
 from jaxq.stages import Program, Slot, Stage
 from jaxq.tracked import Records
-from jaxq.transforms.registry import STATISTICS, needs_gradients
+from jaxq.transforms.registry import STATISTICS, needs_gradients, of_gradient, weighted_by
 
 
 class Event(NamedTuple):
@@ -134,10 +135,9 @@ class Run:
         sweep.run(lambda stage: [self.read(slot) for slot in stage.paths], wanted, visit, first)
 
     def of_gradient(self, slot: Slot) -> list[str]:
-        """Names of the statistics of the loss's gradient that the leaf's solver takes."""
+        """Names of the statistics of the loss's gradient that the leaf's solver takes, or that weigh others."""
         target = self.chosen.get(slot.path)
-        names = [] if target is None else target.rule.needs.values()
-        return [name for name in dict.fromkeys(names) if _of_gradient(name)]
+        return [] if target is None else of_gradient(target.rule.needs.values())
 
     def keep(self, slot: Slot, states: dict[str, Any]) -> None:
         """Finished statistics, on the host until the leaf is solved."""
@@ -198,8 +198,17 @@ class Run:
             self.observers[key] = Observer(stage.program, wanted)
         observer = self.observers[key]
         records: Records | None = None
+        salient = {}
+        for p, name in names.items():
+            if not (name and weighted_by(name)):
+                continue
+            if due[p].batch_axes:
+                raise JaxqError(f"{stage.paths[p]}: a stack of matrices takes no {name} statistic; use another")
+            salient[str(p)] = self.known[stage.paths[p]].pop(weighted_by(name))
         for i, carry in enumerate(stream):
             w = None if weights is None else jnp.asarray(weights[i])
+            if salient:
+                w = {"": w} | {p: jnp.asarray(s[i]) for p, s in salient.items()}
             new = _observe(observer, leaves, stage.inputs(carry), w)
             records = new if records is None else merge_records(observer.statistics, records, new)
         return records or {}

@@ -14,7 +14,8 @@ from jaxq.solvers.registry import SOLVERS
 
 from . import zoo
 
-PATTERN = "**/kernel"
+#: Two shapes, each of which a solver is compiled for.
+PATTERN = "**/mlp/*/kernel"
 
 
 def tokens(n=2):
@@ -65,12 +66,11 @@ def test_a_sparse_part_holds_the_most_sensitive_and_the_largest_weights_exactly(
     np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("importance", ["none", "fisher"])
-def test_error_feedback_on_tables_lowers_the_output_error(importance):
+def test_error_feedback_on_tables_lowers_the_output_error():
     case, batches = zoo.language(), tokens(3)
     run = lambda recipe: jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token)  # noqa: E731
     plain = run(recipes.named("kmeans", bits=2, pattern=PATTERN))
-    better = run(recipes.named("lnq", bits=2, importance=importance, pattern=PATTERN))
+    better = run(recipes.named("lnq", bits=2, importance="fisher", pattern=PATTERN))
     assert len(better.report.drift) and np.isfinite(better.report.error)
     want = case.fn(case.params, batches[0])
     far = [float(jnp.linalg.norm(jaxq.quantized(case.fn)(r.params, batches[0]) - want)) for r in (better, plain)]
@@ -86,6 +86,23 @@ def test_guided_hessians_and_a_sparse_part_in_stacked_layers():
     assert leaf.batch_shape == (3,) and leaf.shape == (3, 16, 48) and leaf.rows.shape[0] == 3
     out, want = (jaxq.quantized(case.fn)(p, *case.args) for p in (result.params, case.params))
     assert float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want)) < 0.6
+
+
+def test_guided_hessians_of_the_quantized_stream_are_those_of_the_float_one_where_the_streams_part():
+    case, batches = zoo.language(), tokens(3)
+
+    def run(stream):
+        recipe = recipes.named("guided", bits=2, stream=stream, pattern=PATTERN)
+        return tracing.flatten(jaxq.quantize(case.fn, case.params, batches, recipe, loss=losses.next_token).params)
+
+    published, ours = run("float"), run("quantized")
+    same = {path: np.mean(np.asarray(q.codes) == np.asarray(published[path].codes)) for path, q in ours.items()
+            if jaxq.is_quantized(q)}  # fmt: skip
+    first = [share for path, share in same.items() if "block_0" in path]
+    later = [share for path, share in same.items() if "block_1" in path]
+    assert first and min(first) > 0.97 and later and min(later) < 0.97
+    with pytest.raises(JaxqError, match="stream is 'quantized' or 'float'"):
+        recipes.named("guided", stream="both")
 
 
 def test_rules_of_every_kind_in_one_recipe():

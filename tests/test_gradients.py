@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import losses
+from jaxq.transforms.gradients import Saliency, StreamHessian
 
 
 def network(p, x):
@@ -137,6 +138,22 @@ def test_guided_hessians_weigh_tokens_by_the_gradient(problem):
     found = jaxq.observe(network, params, batches, {"first": jaxq.GuidedHessian()}, loss=squares)["first"]
     np.testing.assert_allclose(found.matrix, want, rtol=1e-4, atol=1e-5 * want.max())
     assert jaxq.GuidedHessian().finalize(found).shape == (4, 5, 5)
+
+
+def test_saliency_keeps_every_token_and_weighs_the_hessian(problem):
+    params, batches = problem
+    found = jaxq.observe(network, params, batches, {"first": Saliency(2)}, loss=squares)["first"]
+    assert found.shape == (2, 4, 6, 2)
+    site = next(s for s in jaxq.sites(network, params, batches[0]) if s.path == "first")
+    statistic = StreamHessian(2)
+    state = statistic.init(site)
+    for x, importance in zip(batches, found, strict=True):
+        state = statistic.merge(state, statistic.update(statistic.init(site), x, importance))
+    want = jaxq.observe(network, params, batches, {"first": jaxq.GuidedHessian(2)}, loss=squares)["first"]
+    np.testing.assert_allclose(state.matrix, want.matrix, rtol=1e-5, atol=1e-6 * float(want.matrix.max()))
+    np.testing.assert_allclose(
+        statistic.finalize(state), jaxq.GuidedHessian().finalize(want), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_experts_convolutions_and_input_statistics_beside(key):

@@ -12,6 +12,9 @@ from jaxq.recipes.uniform import BLOCKS
 #: Kim et al. 2024: of the weights, 0.05 % are kept because of their sensitivity, whatever the sparsity.
 SENSITIVE = 0.0005
 
+#: {where the inputs of a guided Hessian come from: the statistic}
+STREAMS = {"quantized": "stream_guided", "float": "guided"}
+
 
 def kmeans(bits: int = 4, method: str = "auto", table_dtype: str = "float16", pattern: str = BLOCKS) -> Recipe:
     """Codebooks by plain k-means: no data, the base line of SqueezeLLM."""
@@ -65,17 +68,31 @@ def guided(
     rounds: int = 4,
     start: str = "feedback",
     importance: str = "fisher",
+    stream: str = "quantized",
     damping: float = 0.01,
     table_dtype: str = "float16",
     pattern: str = BLOCKS,
 ) -> Recipe:
     """LNQ against Hessians weighted by the loss's gradient at the outputs (GuidedQuant, Kim et al. 2025).
 
-    Consecutive output channels share a Hessian, four of them for a matrix. All statistics are those of the float
-    model.
+    Consecutive output channels share a Hessian, four of them for a matrix. Gradients are those of the float model.
+    stream: where the inputs come from, "float" as published, or "quantized" to answer for the errors of the layers
+    before too.
     """
+    if stream not in STREAMS:
+        raise JaxqError(f"stream is {' or '.join(map(repr, STREAMS))}, not {stream!r}")
     return _lnq(
-        "guided", "guided", importance, bits, sparsity, sensitive, rounds, start, damping, table_dtype, pattern
+        "guided",
+        STREAMS[stream],
+        importance,
+        bits,
+        sparsity,
+        sensitive,
+        rounds,
+        start,
+        damping,
+        table_dtype,
+        pattern,
     )
 
 

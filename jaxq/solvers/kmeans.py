@@ -22,8 +22,9 @@ METHODS = ("auto", "exact", "lloyd")
 #: What "auto" lets the exact method take for one matrix.
 BUDGET_SECONDS = 30.0
 
-#: Segment costs a second: measured on two cores of an EPYC; a tenth of the arithmetic of an H100 elsewhere.
-RATES = {"cpu": 2e8, "gpu": 2e11, "tpu": 2e11}
+#: Segment costs a second: as docs/results.md measures them on a CPU (one core's work) and an H100; that of a TPU is a
+#: guess.
+RATES = {"cpu": 1e9, "gpu": 4e11, "tpu": 1e11}
 
 #: Bytes of temporaries at a time. CPUs are fastest where these stay in the cache.
 MEMORY = {"cpu": 12 * 2**20, "gpu": 2**32, "tpu": 2**31}

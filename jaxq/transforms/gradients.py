@@ -86,35 +86,15 @@ class GuidedHessian:
     groups: int = 4
     gradient = True
 
-    def groups_of(self, site: Matrix) -> int:
-        return max(n for n in range(1, min(self.groups, site.out_size) + 1) if site.out_size % n == 0)
-
     def init(self, site: Matrix) -> GuidedState:
-        shape = (self.groups_of(site), site.in_size, site.in_size)
+        shape = (_groups(self.groups, site), site.in_size, site.in_size)
         return GuidedState(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
 
     def update(self, state: GuidedState, x: Array, g: Array, weights: Weights = None) -> GuidedState:
-        groups = state.matrix.shape[0]
         # Mean losses give gradients around 1e-6; their squares stay clear of float32's smallest numbers.
         square = jnp.square(g.astype(jnp.float32))
-        importance = square.reshape((*g.shape[:-1], groups, -1)).mean(axis=-1)
-        present = _present(x, weights).astype(jnp.float32)
-        tokens = tuple(range(x.ndim - 1))
-
-        def group(one: Array) -> Array:
-            return jax.lax.dot_general(
-                present * one[..., None],
-                present,
-                ((tokens, tokens), ((), ())),
-                precision="highest",
-                preferred_element_type=jnp.float32,
-                out_sharding=_replicated(x),
-            )
-
-        # One after another: the weighted inputs of a single group are in memory.
-        matrix = jax.lax.map(group, jnp.moveaxis(importance, -1, 0))
-        count = _count(x, None if weights is None else weights != 0)
-        return GuidedState(state.matrix + matrix, state.count + count)
+        importance = square.reshape((*g.shape[:-1], state.matrix.shape[0], -1)).mean(axis=-1)
+        return _weighted_squares(state, _present(x, weights), importance)
 
     def merge(self, a: GuidedState, b: GuidedState) -> GuidedState:
         return GuidedState(a.matrix + b.matrix, a.count + b.count)
@@ -122,6 +102,82 @@ class GuidedHessian:
     def finalize(self, state: GuidedState) -> Float[Array, "groups in in"]:
         """The mean over tokens; zeros if none was seen. Leading axes pass through."""
         return state.matrix / jnp.where(state.count > 0, state.count, 1.0)[..., None, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saliency:
+    """How much each token's output matters: the mean squared gradient over each group of output channels.
+
+    The state is `(batches, tokens..., groups)`: merging puts batches one after the other. What `StreamHessian`
+    weighs tokens by.
+    """
+
+    groups: int = 4
+    gradient = True
+
+    def init(self, site: Matrix) -> Float[Array, "0 groups"]:
+        return jnp.zeros((0, _groups(self.groups, site)), jnp.float32)
+
+    def update(
+        self, state: Array, x: Array, g: Array, weights: Weights = None
+    ) -> Float[Array, "1 *tokens groups"]:
+        square = jnp.square(g.astype(jnp.float32)).reshape((*g.shape[:-1], state.shape[-1], -1)).mean(axis=-1)
+        return (square if weights is None else jnp.where(weights[..., None] != 0, square, 0.0))[None]
+
+    def merge(self, a: Array, b: Array) -> Float[Array, "batches *tokens groups"]:
+        return jnp.concatenate([a, b])
+
+    def finalize(self, state: Array) -> Array:
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamHessian:
+    """`GuidedHessian`, with the inputs that the quantized layers before make and the gradients of the float model.
+
+    So its solver also answers for the errors made so far. `update` is given `Saliency` as token weights.
+    """
+
+    groups: int = 4
+    weighted_by = "saliency"
+
+    def init(self, site: Matrix) -> GuidedState:
+        return GuidedHessian(self.groups).init(site)
+
+    def update(self, state: GuidedState, x: Array, weights: Float[Array, "*tokens groups"]) -> GuidedState:
+        return _weighted_squares(state, x, weights)
+
+    def merge(self, a: GuidedState, b: GuidedState) -> GuidedState:
+        return GuidedState(a.matrix + b.matrix, a.count + b.count)
+
+    def finalize(self, state: GuidedState) -> Float[Array, "groups in in"]:
+        """The mean over tokens; zeros if none was seen. Leading axes pass through."""
+        return GuidedHessian(self.groups).finalize(state)
+
+
+def _groups(most: int, site: Matrix) -> int:
+    """The largest number of groups, at most this, that divides the output width."""
+    return max(n for n in range(1, min(most, site.out_size) + 1) if site.out_size % n == 0)
+
+
+def _weighted_squares(state: GuidedState, x: Array, importance: Float[Array, "*tokens groups"]) -> GuidedState:
+    """The state after tokens with these importances for each group."""
+    x = x.astype(jnp.float32)
+    tokens = tuple(range(x.ndim - 1))
+
+    def group(one: Array) -> Array:
+        return jax.lax.dot_general(
+            x * one[..., None],
+            x,
+            ((tokens, tokens), ((), ())),
+            precision="highest",
+            preferred_element_type=jnp.float32,
+            out_sharding=_replicated(x),
+        )
+
+    # One after another: the weighted inputs of a single group are in memory.
+    matrix = jax.lax.map(group, jnp.moveaxis(importance, -1, 0))
+    return GuidedState(state.matrix + matrix, state.count + _count(x, None))
 
 
 def _sequences(x: Array, weights: Weights) -> Float[Array, ""]:
