@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=jaxq --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=jaxq --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 slow: setup
 	$(BIN)/python -m pytest -m slow --durations=0

@@ -31,7 +31,7 @@ from jaxq.transforms.registry import STATISTICS, needs_gradients, of_gradient, w
 
 
 class Event(NamedTuple):
-    """Progress: a site was solved. error: its relative output error (nan if unknown); times in seconds."""
+    """Progress: a site was solved. error: relative, as in the report (nan if unknown); times in seconds."""
 
     stage: int
     stages: int

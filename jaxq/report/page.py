@@ -17,7 +17,7 @@ def report_html(report: Report, title: str | None = None) -> str:
     """Return the page of one report."""
     name = str(report.recipe.get("name", "quantization"))
     heading = title or f"{name}: {len(report.rows)} sites"
-    intro = f"Recipe {escape(name)}: what was stored, in how many bytes, and what each site's output lost."
+    intro = f"Recipe {escape(name)}: what was stored, in how many bytes, and what each site lost."
     return document(heading, f"{tiles(report)}{body(report)}", intro)
 
 
@@ -41,7 +41,7 @@ def tiles(report: Report) -> str:
     shown = [
         ("Bits per weight", number(report.bits_per_weight), "over the quantized weights"),
         ("Bytes", _change(size(before), size(after)), f"{before / after:.2f} times smaller" if after else ""),
-        ("Mean output error", number(report.error), _worst(report.rows)),
+        ("Mean error", number(report.error), _worst(report.rows)),
         ("Time", duration(report.seconds), f"{len(report.rows)} sites"),
     ]
     for key in [*report.baseline, *(key for key in report.metrics if key not in report.baseline)]:
@@ -60,7 +60,7 @@ def body(report: Report) -> str:
     return "\n".join(
         [
             _notes(report),
-            _panels(report, "Output error by layer", "relative output error", lambda row: row.error),
+            _panels(report, "Error by layer", "relative error", lambda row: row.error),
             _bits_panels(report),
             _roles(report),
             _sites(report),
@@ -195,8 +195,9 @@ def _sites(report: Report) -> str:
     head += [("Before", False), ("After", False), ("Error", False), ("Time", False)]
     head += [("Note", True)] if noted else []
     return (
-        '<h2>All sites</h2><p class="lead">Error is ‖X(W − Wq)‖ / ‖XW‖ on the calibration activations.</p>'
-        + table("All sites", head, lines)
+        '<h2>All sites</h2><p class="lead">Error is relative, in the measure that the solver lowers: '
+        "‖X(W − Wq)‖ / ‖XW‖ on the calibration activations, or for k-means that of the weights, weighted by their "
+        "importance.</p>" + table("All sites", head, lines)
     )
 
 

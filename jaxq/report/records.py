@@ -117,7 +117,7 @@ class Report:
 
     @property
     def error(self) -> float:
-        """Mean relative output error over the sites where it is known; nan when it is known nowhere."""
+        """Mean relative error over the sites where it is known; nan when it is known nowhere."""
         return mean(row.error for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
