@@ -17,17 +17,23 @@ RANGES = {"minmax": fit_minmax, "mse": fit_mse}
 
 def canonical(w: Any, format: Uniform, layout: Layout | None, range: str) -> Float[Array, "*batch in out"]:
     """The weight as canonical matrices, after checks of shape, dtype, group size and range search name."""
+    if range not in RANGES:
+        raise JaxqError(f"unknown range search {range!r}; use one of {', '.join(map(repr, RANGES))}")
+    w = matrices(w, layout)
+    format.rows_per_group(w.shape[-2])
+    return w
+
+
+def matrices(w: Any, layout: Layout | None) -> Float[Array, "*batch in out"]:
+    """The weight as canonical matrices, after checks of shape and dtype."""
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise JaxqError(f"weights must be floating point, not {w.dtype.name}")
-    if range not in RANGES:
-        raise JaxqError(f"unknown range search {range!r}; use one of {', '.join(map(repr, RANGES))}")
     if w.ndim < (layout.core_ndim if layout else 2):
         raise JaxqError(f"a weight of shape {w.shape} is no matrix; give it as (in, out), or give its layout")
     w = layout.to_canonical(w) if layout else w
     if 0 in w.shape:
         raise JaxqError(f"a weight of shape {w.shape} is empty; leave it out of the recipe")
-    format.rows_per_group(w.shape[-2])
     return w
 
 

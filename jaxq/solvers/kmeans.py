@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
 from jaxq.formats.codebook import Codebook, CodebookArray, assemble, lookup, nearest, representable, store
-from jaxq.solvers.common import all_finite, check
+from jaxq.solvers.common import all_finite, check, matrices
 from jaxq.solvers.lloyd import Channels, better, iterate, lloyd
 from jaxq.solvers.segments import best_cuts, bytes_for, evaluations
 
@@ -78,15 +78,9 @@ def kmeans_solve(
 ) -> tuple[CodebookArray, dict[str, Array]]:
     """`kmeans` with diagnostics: (array, {"error": sqrt(sum f d^2 / sum f w^2) of each matrix})."""
     w = jnp.asarray(w)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise JaxqError(f"weights must be floating point, not {w.dtype.name}")
     if method not in METHODS:
         raise JaxqError(f"unknown k-means method {method!r}; use one of {', '.join(map(repr, METHODS))}")
-    if w.ndim < (layout.core_ndim if layout else 2):
-        raise JaxqError(f"a weight of shape {w.shape} is no matrix; give it as (in, out), or give its layout")
-    matrix = layout.to_canonical(w) if layout else w
-    if 0 in matrix.shape:
-        raise JaxqError(f"a weight of shape {w.shape} is empty; leave it out of the recipe")
+    matrix = matrices(w, layout)
     if importance is not None:
         importance = _fitting(jnp.asarray(importance), w, matrix, layout)
     if frozen is not None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
 from jaxq.formats.codebook import Codebook, CodebookArray, assemble, lookup, nearest, representable, store
-from jaxq.solvers.common import all_finite, check
+from jaxq.solvers.common import all_finite, check, matrices
 from jaxq.solvers.descent import descend, descent_coupling, energy, product, schedule_for
 from jaxq.solvers.factor import factorize, normalize
 from jaxq.solvers.gptq import DEFAULT_DAMPING
@@ -127,7 +127,7 @@ def _checked(
     layout: Layout | None,
 ) -> tuple[CodebookArray, dict[str, Array]]:
     w, hessian = jnp.asarray(w), jnp.asarray(hessian)
-    matrix = _canonical(w, layout)
+    matrix = matrices(w, layout)
     *batch, in_size, out_size = matrix.shape
     groups = _groups(hessian.shape, matrix.shape)
     if importance is not None:
@@ -157,16 +157,6 @@ def _checked(
     check(importance_sound, "the importance holds NaN, infinite or negative values")
     check(sound["table"], f"a table does not fit {format.table_dtype}; use table_dtype='bfloat16'")
     return array, used
-
-
-def _canonical(w: Array, layout: Layout | None) -> Float[Array, "*batch in out"]:
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise JaxqError(f"weights must be floating point, not {w.dtype.name}")
-    if w.ndim < (layout.core_ndim if layout else 2):
-        raise JaxqError(f"a weight of shape {w.shape} is no matrix; give it as (in, out), or give its layout")
-    if 0 in w.shape:
-        raise JaxqError(f"a weight of shape {w.shape} is empty; leave it out of the recipe")
-    return layout.to_canonical(w) if layout else w
 
 
 def _groups(hessian: tuple[int, ...], matrix: tuple[int, ...]) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray
 from jaxq.formats.dense_sparse import DenseSparse, DenseSparseArray, compress
-from jaxq.solvers.common import all_finite, check
+from jaxq.solvers.common import all_finite, check, matrices
 
 
 def select(
@@ -106,7 +106,7 @@ def solve_split(
     overlay values beyond `value_dtype`, and whatever `solve` raises.
     """
     w = jnp.asarray(w)
-    matrix = _canonical(w, layout)
+    matrix = matrices(w, layout)
     *batch, in_size, out_size = matrix.shape
     if not 0 <= sensitive <= format.sparsity:
         raise JaxqError(f"the sensitive fraction {sensitive!r} is a part of the sparsity {format.sparsity}; "
@@ -145,16 +145,6 @@ def _split(w: Array, sensitivity: Array | None, count: int, sensitive: int) -> t
         choose = jax.vmap(choose)
     mask = choose(w, sensitivity)
     return jnp.where(mask, jnp.zeros((), w.dtype), w), mask
-
-
-def _canonical(w: Array, layout: Layout | None) -> Float[Array, "*batch in out"]:
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise JaxqError(f"weights must be floating point, not {w.dtype.name}")
-    if w.ndim < (layout.core_ndim if layout else 2):
-        raise JaxqError(f"a weight of shape {w.shape} is no matrix; give it as (in, out), or give its layout")
-    if 0 in w.shape:
-        raise JaxqError(f"a weight of shape {w.shape} is empty; leave it out of the recipe")
-    return layout.to_canonical(w) if layout else w
 
 
 def _like(sensitivity: Any, w: Array, matrix: Array, layout: Layout | None) -> Float[Array, "*batch in out"]:
