@@ -234,7 +234,6 @@ class Sweep:
         self.pieces, self.batches, self.loss = pieces, batches, loss
         self.targets, self.weights = targets, weights
         self.probes: dict[tuple[str, tuple[Any, ...]], Probes] = {}
-        self.total = 0.0
 
     def run(
         self,
@@ -302,7 +301,6 @@ class Sweep:
             raise JaxqError(
                 f"the loss of calibration batch {batch} is {float(value)}: nothing can be learnt from it"
             )
-        self.total += float(value)
         return gradient
 
     def probes_of(self, stage: Stage, wanted: dict[int, tuple[Site, dict[str, Any]]]) -> Probes:

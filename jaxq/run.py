@@ -124,9 +124,10 @@ class Run:
             due = self.due(stage)
             for i, (position, found) in enumerate(states.items()):
                 slot, site = stage.paths[position], due[position]
-                self.keep(slot, found)
                 rule = self.chosen[slot.path].rule
-                if all(map(_of_gradient, rule.needs.values())):
+                alone = all(map(_of_gradient, rule.needs.values()))
+                self.keep(slot, found, wait=not alone)
+                if alone:
                     self.solve(slot, site, rule, leaves[position])
                     # The way forwards comes first, and takes about a quarter of the time.
                     share = (len(pieces) - 1 - n + (i + 1) / len(states)) / (len(pieces) - first)
@@ -139,10 +140,10 @@ class Run:
         target = self.chosen.get(slot.path)
         return [] if target is None else of_gradient(target.rule.needs.values())
 
-    def keep(self, slot: Slot, states: dict[str, Any]) -> None:
-        """Finished statistics, on the host until the leaf is solved."""
+    def keep(self, slot: Slot, states: dict[str, Any], wait: bool = False) -> None:
+        """Finished statistics until the leaf is solved, on the host if that is another phase's work."""
         finished = {name: STATISTICS[name].finalize(state) for name, state in states.items()}
-        self.known.setdefault(slot, {}).update(jax.tree.map(np.asarray, finished))
+        self.known.setdefault(slot, {}).update(jax.tree.map(np.asarray, finished) if wait else finished)
 
     def by_stages(self, pieces: Sequence[Stage], data: Data) -> None:
         if self.phase[1] < 1:

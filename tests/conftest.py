@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
+import jaxlib
 import pytest
 from hypothesis import settings
 
@@ -18,9 +19,12 @@ settings.load_profile("jaxq")
 
 def pytest_configure(config: pytest.Config) -> None:
     # The fast tests compile hundreds of tiny programs once each: the compiler's work is nearly all of their
-    # time. Real models want its optimizations.
+    # time. Real models want its optimizations. The older of its two code generators, which jaxlib 0.10 still has,
+    # takes half as long.
     if "not slow" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
+        if jaxlib.__version__.startswith("0.10."):
+            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture

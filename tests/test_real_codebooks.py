@@ -32,11 +32,12 @@ def windows(model):
 
 
 def test_each_step_of_squeezellm_lowers_perplexity_at_three_bits(model, batches, windows):
+    # Lloyd's tables take a tenth of the time, and the order does not hang on the last part of the error.
     chosen = {
         "rtn": recipes.named("rtn", bits=3, group_size=128),
-        "kmeans": recipes.named("kmeans", bits=3),
-        "squeezellm": recipes.named("squeezellm", bits=3),
-        "sparse": recipes.named("squeezellm", bits=3, sparsity=0.0045),
+        "kmeans": recipes.named("kmeans", bits=3, method="lloyd"),
+        "squeezellm": recipes.named("squeezellm", bits=3, method="lloyd"),
+        "sparse": recipes.named("squeezellm", bits=3, method="lloyd", sparsity=0.0045),
     }
     found = {}
     for name, recipe in chosen.items():

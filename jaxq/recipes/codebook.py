@@ -53,8 +53,8 @@ def lnq(
     """Codebooks with error feedback: tables and codes alternate against the full Hessian (LNQ, Kim et al. 2025).
 
     Like SqueezeLLM's, but what is minimised is the error of each layer's output, given what the quantized layers
-    before it make of the data. importance: weights of the k-means that it starts from, "none" (the Hessian's
-    diagonal) or "fisher".
+    before it make of the data. importance: weights of the k-means that it starts from, "none" (the solver's own,
+    the root of the Hessian's diagonal) or "fisher".
     """
     return _lnq(
         "lnq", "hessian", importance, bits, sparsity, sensitive, rounds, start, damping, table_dtype, pattern
