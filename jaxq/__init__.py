@@ -11,6 +11,9 @@ from jaxq.formats import QuantizedArray as QuantizedArray
 from jaxq.formats import Uniform as Uniform
 from jaxq.formats import dequantize as dequantize
 from jaxq.formats import is_quantized as is_quantized
+from jaxq.importance import importance as importance
+from jaxq.names import Activated as Activated
+from jaxq.names import activations as activations
 from jaxq.observe import observe as observe
 from jaxq.planning import Plan as Plan
 from jaxq.planning import plan as plan

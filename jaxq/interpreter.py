@@ -37,8 +37,9 @@ class Rules:
     def product(self, eqn: Any, names: tuple[str | None, str | None]) -> None:
         """A product of two activations of which at least one is named."""
 
-    def named(self, path: str, value: Any) -> Records:
-        return {}
+    def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:
+        """What becomes of an activation where it is named."""
+        return value, {}
 
     def fallback(self, leaf: Leaf, reason: str) -> None:
         """The leaf is made dense here."""
@@ -78,8 +79,8 @@ class Walk:
         name = eqn.primitive.name
         if name == "name" and self.rules.follow_names and not isinstance(values[0], Leaf):
             path = "/".join(p for p in (self.scope_path(eqn), eqn.params["name"]) if p)
-            value = self.plain(values[0])
-            return [Named(value, path)], self.rules.named(path, value)
+            value, records = self.rules.named(eqn, path, self.plain(values[0]))
+            return [Named(value, path)], records
         if name == "pvary" and not any(isinstance(v, (Leaf, Named)) for v in values):
             sources = [v.source if isinstance(v, Copies) else v for v in values]
             outs = jaxprs.bind(eqn, [self.plain(v) for v in values])

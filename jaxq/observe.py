@@ -118,14 +118,14 @@ class ObserveRules(Rules):
 
         return lax.map(one, (ends - sizes, ends))
 
-    def named(self, path: str, value: Any) -> Records:
+    def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:
         statistic = self.statistic(path)
         if statistic is None or jnp.ndim(value) == 0:
-            return {}
+            return value, {}
         site = Site(path, "product", tuple(value.shape), value.dtype, (value.ndim - 1,))
         self.sites.setdefault(path, site)
         weights = None
-        return {path: Record(statistic.update(statistic.init(site), value, weights))}
+        return value, {path: Record(statistic.update(statistic.init(site), value, weights))}
 
 
 def observed(fn: Callable[..., Any], statistics: dict[str, Statistic]) -> Callable[..., tuple[Any, Records]]:

@@ -10,8 +10,10 @@ import jax
 from jax import lax
 
 from jaxq import tracing, uses
+from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
 from jaxq.interpreter import Rules, Walk
+from jaxq.names import assigned, split
 from jaxq.sites import mismatch
 from jaxq.tracked import Leaf, Records
 from jaxq.uses import Use
@@ -26,12 +28,22 @@ def _precision(use: Use) -> Any:
 
 
 class QuantizedRules(Rules):
-    """Calls the quantized array's own product at its sites."""
+    """Calls the quantized array's own product at its sites, and rounds named activations.
+
+    rounded: {id of the equation that names an activation: its quantizer}.
+    """
 
     keep_custom_rules = True
 
-    def __init__(self, on_fallback: Callable[[str, str], None] | None = None):
-        self.on_fallback = on_fallback
+    def __init__(
+        self, on_fallback: Callable[[str, str], None] | None = None, rounded: dict[int, Any] | None = None
+    ):
+        self.on_fallback, self.rounded = on_fallback, rounded or {}
+        self.follow_names = bool(rounded)
+
+    def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:
+        quantizer = self.rounded.get(id(eqn))
+        return (value if quantizer is None else quantizer(value)), {}
 
     def fallback(self, leaf: Leaf, reason: str) -> None:
         if self.on_fallback is not None:
@@ -39,6 +51,9 @@ class QuantizedRules(Rules):
 
     def site(self, use: Use, leaf: Leaf, x: Any, dense: Callable[[], Any]) -> tuple[Any, Records]:
         reason = mismatch(use, leaf)
+        if leaf.value.rounds_input and (reason or use.kind not in ("matmul", "embedding")):
+            raise JaxqError(f"{leaf.path}: the input of this {use.kind} cannot be rounded; "
+                            "quantize the weight alone")  # fmt: skip
         if reason:
             self.fallback(leaf, reason)
             return dense(), {}
@@ -67,6 +82,10 @@ def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | 
     continuous members (scales) of quantized leaves; a custom derivative rule inside `fn` stays in force.
     Without quantized leaves among its arguments, it is `fn` itself.
 
+    Given `jaxq.Activated(params, {path: quantizer})` for its first argument, it rounds the activations that
+    `fn` names (`jaxq.activations`) too. Raises JaxqError for a path that `fn` does not have, or whose activation
+    it names in a loop or in a function called more than once.
+
     Args:
         fn: a pure function of pytrees. Python scalars among its arguments are settings, fixed at tracing.
         on_fallback: called at tracing time with (path, reason) for every leaf made dense.
@@ -77,11 +96,13 @@ def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | 
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not any(map(is_quantized, jax.tree.leaves((args, kwargs), is_leaf=is_quantized))):
+        params, quantizers = split(args[0]) if args else (None, {})
+        args = (params, *args[1:]) if args else args
+        if not quantizers and not any(map(is_quantized, jax.tree.leaves((args, kwargs), is_leaf=is_quantized))):
             return fn(*args, **kwargs)
         call = tracing.trace(fn, args, kwargs)
         values = [Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(call.values, call.paths, strict=True)]
-        walk = Walk(QuantizedRules(on_fallback))
+        walk = Walk(QuantizedRules(on_fallback, assigned(call.jaxpr.eqns, quantizers)))
         outs, _ = walk.run(call.jaxpr, call.consts, values)
         return call.finish([walk.plain(o, "is returned by the function") for o in outs])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxq import jaxprs, tracing
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
+from jaxq.names import Activated, names, split
 from jaxq.quantized import quantized
 
 Carry = dict[str, Any]
@@ -54,7 +56,8 @@ class Slot(str):
 class Program:
     """A compiled piece: pure functions `(leaves, inputs) -> outputs`, lists of arrays. Leaves may be quantized.
 
-    run: to be traced. call: jitted. Two programs with the same `key` compute the same.
+    run: to be traced. call: jitted. Two programs with the same `key` compute the same. names: the activations that
+    it names, in order; for leaves both take `jaxq.Activated(leaves, quantizers)` too.
     """
 
     def __init__(self, closed: Any, parameters: int, key: str):
@@ -68,19 +71,22 @@ class Program:
         plain = jaxpr_as_fun(closed)
         self.run: Callable[..., list[Any]] = quantized(lambda leaves, inputs: plain(*leaves, *inputs))
         self.call = jax.jit(self.run)
+        self.names = [name.path for name in names(jaxprs.opened(closed)[0].eqns).values()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One piece of a function.
 
-    paths: its parameters, in the order in which the program takes them. fn: `fn(stage_params, carry) ->
-    carry` with stage_params {path: leaf}, see `take`; the first stage takes the function's arguments (a tuple)
-    as its carry, and the last one returns the function's output.
+    paths: its parameters, in the order in which the program takes them. activations: those that it names, in the
+    order of `Program.names`. fn: `fn(stage_params, carry) -> carry` with stage_params {path: leaf}, see `take`;
+    the first stage takes the function's arguments (a tuple) as its carry, and the last one returns the function's
+    output.
     """
 
     program: Program
     paths: tuple[Slot, ...]
+    activations: tuple[str, ...]
     reads: tuple[str, ...]
     consts: tuple[Any, ...]
     writes: tuple[str, ...]
@@ -89,9 +95,21 @@ class Stage:
     finish: Callable[[Carry], Any] | None = None
 
     def take(self, params: Any) -> dict[str, Any]:
-        """The stage's parameters out of the whole pytree (or out of its flat form {path: leaf})."""
+        """The stage's parameters out of the whole pytree (or out of its flat form {path: leaf}).
+
+        Quantizers of its activations, where there are such (`jaxq.Activated`), come by their paths.
+        """
+        params, quantizers = split(params)
         flat = tracing.flatten(params)
-        return {slot: slot.of(_read(flat[slot.path])) for slot in self.paths}
+        mine = {path: quantizers[path] for path in self.activations if path in quantizers}
+        return {slot: slot.of(_read(flat[slot.path])) for slot in self.paths} | mine
+
+    def leaves(self, stage_params: dict[str, Any]) -> Any:
+        """What the program takes for its leaves, out of `take(params)`."""
+        leaves = [stage_params[p] for p in self.paths]
+        pairs = zip(self.program.names, self.activations, strict=True)
+        quantizers = {own: stage_params[path] for own, path in pairs if path in stage_params}
+        return Activated(leaves, quantizers) if quantizers else leaves
 
     def inputs(self, carry: Any) -> list[Any]:
         """The program's inputs out of the carry."""
@@ -113,8 +131,7 @@ class Stage:
         missing = [p for p in self.paths if p not in stage_params]
         if missing:
             raise JaxqError(f"this stage needs {', '.join(missing)}: give Stage.take(params)")
-        outputs = self.program.call([stage_params[p] for p in self.paths], self.inputs(carry))
-        return self.advance(carry, outputs)
+        return self.advance(carry, self.program.call(self.leaves(stage_params), self.inputs(carry)))
 
 
 def _read(leaf: Any) -> Any:
@@ -125,7 +142,9 @@ def _read(leaf: Any) -> Any:
 # ---- one flat jaxpr: calls with cuts inside are opened, scans over layers unrolled -----------------------
 
 
-def _flat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], params: set[Any], cut: str) -> list[Any]:
+def _flat(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], params: set[Any], cut: str, scope: str = ""
+) -> list[Any]:
     """Evaluates a jaxpr into equations of one level. params: its variables that are parameters."""
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     params = set(params)
@@ -137,14 +156,17 @@ def _flat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], params: set[An
         values = [read(v) for v in eqn.invars]
         known = [not isinstance(v, jaxprs.Literal) and v in params for v in eqn.invars]
         name = eqn.primitive.name
+        here = "/".join(p for p in (scope, jaxprs.scope_of(eqn)) if p)
         if name in jaxprs.CALLS | jaxprs.CUSTOM and _opens(eqn, cut):
             inner, inner_consts = jaxprs.called(eqn)
             inside = {v for v, yes in zip(inner.invars, known, strict=True) if yes}
-            outs = _flat(inner, inner_consts, values, inside, cut)
+            outs = _flat(inner, inner_consts, values, inside, cut, here)
         elif name == "scan" and _is_layers(eqn, known):
-            outs = _unrolled(eqn, values, known, cut)
+            outs = _unrolled(eqn, values, known, cut, here)
         else:
-            outs = jaxprs.bind(eqn, values)
+            # Scopes are part of the paths of named activations.
+            with jax.named_scope(here) if here and names([eqn]) else nullcontext():
+                outs = jaxprs.bind(eqn, values)
             if name in _SINKS and known[0]:
                 params.update(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -167,7 +189,7 @@ def _is_layers(eqn: Any, known: Sequence[bool]) -> bool:
     return s.length > 1 and any(known[s.consts + s.carry :])
 
 
-def _unrolled(eqn: Any, values: Sequence[Any], known: Sequence[bool], cut: str) -> list[Any]:
+def _unrolled(eqn: Any, values: Sequence[Any], known: Sequence[bool], cut: str, scope: str) -> list[Any]:
     s = jaxprs.scan_parts(eqn)
     split = s.consts + s.carry
     consts, carry, xs = list(values[: s.consts]), list(values[s.consts : split]), values[split:]
@@ -178,7 +200,7 @@ def _unrolled(eqn: Any, values: Sequence[Any], known: Sequence[bool], cut: str) 
     ys: list[Any] = [None] * s.length
     for i in range(s.length)[:: -1 if s.reverse else 1]:
         marks = [checkpoint_name(c, _LAYER) for c in carry[:1]]
-        outs = _flat(s.jaxpr, s.jaxpr_consts, [*consts, *marks, *carry[1:], *slices[i]], inside, cut)
+        outs = _flat(s.jaxpr, s.jaxpr_consts, [*consts, *marks, *carry[1:], *slices[i]], inside, cut, scope)
         carry, ys[i] = outs[: s.carry], outs[s.carry :]
     carry = [checkpoint_name(c, _LAYER) for c in carry[:1]] + carry[1:]
     return [*carry, *(jnp.stack(parts) for parts in zip(*ys, strict=True))]
@@ -197,11 +219,15 @@ class _Cutter:
         self.sunk: dict[Any, Any] = {}
         self.programs: dict[str, Program] = {}
         self.names: dict[Any, str] = {}
+        self.named = {place: name.path for place, name in names(self.jaxpr.eqns, frozenset({cut, _LAYER})).items()}
         self.segments: list[list[Any]] = [[]]
         # The marks themselves are left out, so that a layer does not depend on what stands before it.
         self.marked: dict[Any, Any] = {}
         for eqn in self.jaxpr.eqns:
-            self.place(eqn.replace(invars=[self.unmarked(v) for v in eqn.invars]), cut)
+            own = eqn.replace(invars=[self.unmarked(v) for v in eqn.invars])
+            if id(eqn) in self.named:
+                self.named[id(own)] = self.named[id(eqn)]
+            self.place(own, cut)
         self.outvars = [self.unmarked(v) for v in self.jaxpr.outvars]
         self.segments[-1] += [e for v in self.outvars for e in self.chain(v)]
 
@@ -297,6 +323,7 @@ class _Cutter:
         return Stage(
             self.programs[key],
             tuple(self.slots[v] for v in leaves),
+            tuple(self.named[place] for place in names(eqns)),
             tuple(self.name(v) for v in live),
             tuple(self.consts[v] for v in consts),
             tuple(self.name(v) for v in given),
@@ -321,7 +348,7 @@ def stages(fn: Callable[..., Any], params: Any, *args: Any, cut: str = "block", 
         >>> for stage in jaxq.stages(model.apply, model.params, tokens):          # doctest: +SKIP
         ...     carry = stage.fn(stage.take(model.params), carry)                 # doctest: +SKIP
     """
-    call = tracing.trace(fn, (params, *args), kwargs)
+    call = tracing.trace(fn, (split(params)[0], *args), kwargs)
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in call.values]
 
     def flat(*values: Any) -> list[Any]:
@@ -346,5 +373,6 @@ def stages(fn: Callable[..., Any], params: Any, *args: Any, cut: str = "block", 
 
 def run(pieces: Sequence[Stage], params: Any, *args: Any) -> Any:
     """The function's output, computed stage by stage."""
-    flat = tracing.flatten(params)
+    params, quantizers = split(params)
+    flat = Activated(tracing.flatten(params), quantizers)
     return functools.reduce(lambda carry, stage: stage.fn(stage.take(flat), carry), pieces, args)

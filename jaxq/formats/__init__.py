@@ -11,5 +11,13 @@ from jaxq.formats.codebook import Codebook as Codebook
 from jaxq.formats.codebook import CodebookArray as CodebookArray
 from jaxq.formats.dense_sparse import DenseSparse as DenseSparse
 from jaxq.formats.dense_sparse import DenseSparseArray as DenseSparseArray
+from jaxq.formats.grids import Affine as Affine
+from jaxq.formats.grids import Dynamic as Dynamic
+from jaxq.formats.grids import Grid as Grid
+from jaxq.formats.grids import Log as Log
+from jaxq.formats.grids import ShiftLog as ShiftLog
+from jaxq.formats.rounded_input import RoundedInput as RoundedInput
+from jaxq.formats.rounded_input import RoundedInputArray as RoundedInputArray
+from jaxq.formats.rounded_input import rounded_input as rounded_input
 from jaxq.formats.uniform import Uniform as Uniform
 from jaxq.formats.uniform import UniformArray as UniformArray

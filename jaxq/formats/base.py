@@ -156,6 +156,9 @@ class QuantizedArray:
     layout: Layout
     dtype_name: str
 
+    #: Whether `matmul` rounds its operand, so that no dense product can stand in for it.
+    rounds_input: ClassVar[bool] = False
+
     # NumPy must hand `x @ q` over to __rmatmul__ instead of looping over objects.
     __array_ufunc__ = None
 
