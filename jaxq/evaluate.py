@@ -1,15 +1,16 @@
-"""Perplexity of a language model on windows of tokens."""
+"""Perplexity of a language model on windows of tokens; accuracy of a classifier on labelled images."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxq import tracing
 from jaxq.data import windows as windows
@@ -18,6 +19,7 @@ from jaxq.formats.base import is_quantized
 from jaxq.stages import Stage, run, stages
 
 _LOGITS = 1 << 28  # bytes of float32 logits that one batch may hold
+_PIXELS = 1 << 23  # bytes of prepared images that one batch may hold
 
 
 @jax.jit
@@ -28,11 +30,26 @@ def token_nll(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
+def _pieces(apply: Callable[..., Any], params: Any, shape: tuple[int, ...], dtype: Any) -> list[Stage]:
+    """The model's stages for input of this shape, kept so that evaluating again does not compile again."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
+    shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in leaves)
+    # The precision is written into the products when they are traced.
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return _traced(apply, tree, shapes, shape, dtype, precision)
+
+
 @functools.lru_cache(maxsize=4)
-def _pieces(apply: Callable[..., Any], tree: Any, shapes: tuple[Any, ...], batch: tuple[int, int]) -> list[Stage]:
-    """The model's stages, kept so that evaluating again does not compile again."""
+def _traced(
+    apply: Callable[..., Any],
+    tree: Any,
+    shapes: tuple[Any, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+    precision: str | None,
+) -> list[Stage]:
     params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*s) for s in shapes])
-    return stages(apply, params, jax.ShapeDtypeStruct(batch, jnp.int32))
+    return stages(apply, params, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def perplexity(
@@ -57,9 +74,7 @@ def perplexity(
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise JaxqError(f"perplexity needs windows of at least 2 tokens, (count, length); got {tokens.shape}")
     count, length = tokens.shape
-    leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
-    shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in leaves)
-    one = _pieces(apply, tree, shapes, (1, length))
+    one = _pieces(apply, params, (1, length), jnp.int32)
     vocab = one[-1].program.output_avals[-1].shape[-1]
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise JaxqError(
@@ -70,7 +85,7 @@ def perplexity(
     step = min(count, fits if batch is None else batch)
     if step < 1:
         raise JaxqError(f"a batch needs at least 1 window, got {batch}")
-    pieces = _pieces(apply, tree, shapes, (step, length))
+    pieces = _pieces(apply, params, (step, length), jnp.int32)
     flat = tracing.flatten(params)
     total, scored = 0.0, 0
     for start in range(0, count, step):
@@ -83,3 +98,53 @@ def perplexity(
         if progress is not None:
             progress(start + len(rows), count, float(np.exp(total / scored)))
     return {"perplexity": float(np.exp(total / scored)), "tokens": scored}
+
+
+def top1(
+    apply: Callable[[Any, Array], Array],
+    params: Any,
+    images: Shaped[np.ndarray, "N H W C"],
+    labels: Int[np.ndarray, " N"],
+    *,
+    batch: int | None = None,
+    prepare: Callable[[Any], Float[np.ndarray, "B h w c"]] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, float | int]:
+    """The percentage of images whose largest logit is that of their label; the first one, among equals.
+
+    apply: (params, images [B, h, w, c] float32) -> logits [B, classes]. It runs stage by stage like `perplexity`.
+    params: leaves may be quantized, or handles that are read when their stage comes.
+    images: as `apply` takes them, or anything that `prepare` turns into that, a batch at a time.
+    batch: images at a time; None takes as many as keep the prepared ones within 8 MiB, at most 256.
+    progress: called with (images done, images, percentage so far).
+    Returns {"top1": percentage, "images": how many were scored}. Raises `JaxqError` for images that cannot be
+    scored: none at all, not as many as labels, or with labels that the model does not have.
+    """
+    prepare = prepare or (lambda rows: np.asarray(rows, np.float32))
+    labels, count = np.asarray(labels), len(labels)
+    if count == 0 or len(images) != count:
+        raise JaxqError(f"top1 needs a label for each image and one image at least; got {len(images)} and {count}")
+    shape = prepare(images[:1]).shape[1:]
+    classes = _pieces(apply, params, (1, *shape), jnp.float32)[-1].program.output_avals[-1].shape[-1]
+    if np.min(labels) < 0 or np.max(labels) >= classes:
+        raise JaxqError(
+            f"labels run from {np.min(labels)} to {np.max(labels)}, the model has {classes} classes: "
+            "it was made for other data"
+        )
+    fits = max(1, min(256, _PIXELS // (4 * math.prod(shape))))
+    step = min(count, fits if batch is None else batch)
+    if step < 1:
+        raise JaxqError(f"a batch needs at least 1 image, got {batch}")
+    pieces = _pieces(apply, params, (step, *shape), jnp.float32)
+    flat = tracing.flatten(params)
+    right = 0
+    for start in range(0, count, step):
+        rows = prepare(images[start : start + step])
+        # The last batch is filled up so that it has the shape that was compiled.
+        logits = run(pieces, flat, np.resize(rows, (step, *shape)))
+        wanted = labels[start : start + step]
+        right += int((np.argmax(np.asarray(logits[: len(rows)]), axis=-1) == wanted).sum())
+        if progress is not None:
+            done = start + len(rows)
+            progress(done, count, 100 * right / done)
+    return {"top1": 100 * right / count, "images": count}

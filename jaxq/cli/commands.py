@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelOrOut = Annotated[
     str, typer.Argument(metavar="MODEL_OR_OUT", help="Directory, .gguf file, demo model, or quantized OUT.")
 ]
-METRICS = ("perplexity",)
+METRICS = ("perplexity", "top1")
 
 
 def sites(
@@ -24,16 +26,14 @@ def sites(
     as_json: Json = False,
 ) -> None:
     """List where the parameters of MODEL meet data: what can be quantized, and what cannot and why."""
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
     import jaxq
     from jaxq.report import SiteReport
 
-    opened = sources.open_model(model, lazy=True).model
+    opened = sources.open_model(model, lazy=True)
     with console.doing("tracing"):
-        found = jaxq.sites(opened.apply, opened.params, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+        found = jaxq.sites(opened.model.apply, opened.model.params, opened.example())
     if as_json:
         rows = [
             {"path": site.path, "kind": site.kind, "shape": list(site.shape),
@@ -61,50 +61,109 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.txt|NAME", help="Text: a file, or the held-out tenth of austen, essays, handbook."
+            metavar="FILE.txt|NAME",
+            help="Text: a file, or the held-out tenth of austen, essays, handbook. Images: fashion-mnist.",
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows scored, from the start of the text.")] = 40,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images scored, from the start; all when left out.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows or images at a time.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL_OR_OUT on text: windows without overlap, every token but the first of each scored."""
+    """Measure MODEL_OR_OUT: perplexity on text, or the percentage of test images told right (top1).
+
+    Text is cut into windows without overlap; every token but the first of each is scored.
+    """
     if metric not in METRICS:
         raise JaxqError(f"unknown metric {metric!r}; use {', '.join(METRICS)}")
+    if metric == "top1":
+        found, line = _top1(model, data, images, batch, dtype)
+    elif images is not None:
+        raise JaxqError("--images goes with --metric top1; perplexity is measured on text")
+    else:
+        found, line = _perplexity(model, data, windows, seq_len, batch, dtype)
+    if as_json:
+        console.print_json(found)
+    else:
+        console.out().print(line, markup=False)
+
+
+def _perplexity(
+    model: str, data: str | None, windows: int, seq_len: int, batch: int | None, dtype: str | None
+) -> tuple[dict[str, Any], str]:
+    """What eval prints, as JSON and as a line."""
     if data is None:
         raise JaxqError("there is no text: add --data FILE.txt, or --data essays")
     from jaxq import evaluate as measures
 
     text = sources.read_text(data, held_out=True)
     opened = sources.open_model(model, dtype=dtype)
+    if opened.takes_images:
+        raise JaxqError(f"{model} is an image model, perplexity is for language: use --metric top1")
     tokens = measures.windows(text, opened.tokenizer, seq_len, windows)
     if len(tokens) < windows:
         console.remark(f"{data} gives {len(tokens)} windows of {seq_len} tokens, not {windows}")
+    with _measuring("perplexity", "window") as show:
+        found = measures.perplexity(opened.model.apply, opened.model.params, tokens, batch=batch, progress=show)
+    scored = f"{found['tokens']:,} tokens, {len(tokens)} windows of {data}"
+    result = {**found, "windows": len(tokens), "seq_len": seq_len, **_of(opened, data, model)}
+    return result, f"perplexity {found['perplexity']:.4f} ({scored})"
+
+
+def _top1(
+    model: str, data: str | None, images: int | None, batch: int | None, dtype: str | None
+) -> tuple[dict[str, Any], str]:
+    """What eval prints, as JSON and as a line."""
+    import functools
+
+    import jax
+
+    from jaxq import evaluate as measures
+    from jaxq.models.images import prepare
+
+    if data is None:
+        raise JaxqError("there are no images: add --data fashion-mnist")
+    test = sources.read_images(data, "test")[:images]
+    opened = sources.open_model(model, dtype=dtype)
+    if not opened.takes_images:
+        raise JaxqError(f"{model} is a language model, top1 is for images: use --metric perplexity")
+    config = opened.model.config
+    if config.classes != len(test.names):
+        raise JaxqError(f"{model} knows {config.classes} classes, {data} has {len(test.names)}")
+    if images is not None and len(test) < images:
+        console.remark(f"{data} gives {len(test)} images, not {images}")
+    # Else a GPU would round the factors of every product to ten bits.
+    with _measuring("top1", "image") as show, jax.default_matmul_precision("highest"):
+        found = measures.top1(
+            opened.model.apply, opened.model.params, test.images, test.labels,
+            batch=batch, prepare=functools.partial(prepare, config=config), progress=show,
+        )  # fmt: skip
+    result = {**found, **_of(opened, data, model)}
+    return result, f"top-1 {found['top1']:.2f} % ({found['images']:,} images of {data})"
+
+
+def _of(opened: sources.Opened, data: str, model: str) -> dict[str, Any]:
+    """What was measured, and on what."""
+    bits = {} if opened.report is None else {"bits_per_weight": opened.report.bits_per_weight}
+    return {"data": data, "model": model, **bits}
+
+
+@contextmanager
+def _measuring(metric: str, unit: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Yields a function that shows how far a measurement is: (done, of how many, value so far)."""
     start = time.perf_counter()
-    with console.meter("perplexity") as meter:
+    with console.meter(metric) as meter:
 
         def show(done: int, count: int, value: float) -> None:
             spent = time.perf_counter() - start
-            meter.update(done / count, f"window {done}/{count}, {number(value)}", spent * (count / done - 1))
+            meter.update(done / count, f"{unit} {done}/{count}, {number(value)}", spent * (count / done - 1))
 
         meter.update(0.0, "compiling")
-        found = measures.perplexity(opened.model.apply, opened.model.params, tokens, batch=batch, progress=show)
-    result: dict[str, Any] = {
-        **found,
-        "windows": len(tokens),
-        "seq_len": seq_len,
-        "data": data,
-        "model": model,
-    }
-    if opened.report is not None:
-        result["bits_per_weight"] = opened.report.bits_per_weight
-    if as_json:
-        console.print_json(result)
-    else:
-        scored = f"{found['tokens']:,} tokens, {len(tokens)} windows of {data}"
-        console.out().print(f"perplexity {found['perplexity']:.4f} ({scored})", markup=False)
+        yield show
 
 
 def generate(

@@ -11,21 +11,40 @@ from jaxq.cli.console import doing
 from jaxq.errors import JaxqError
 
 if TYPE_CHECKING:
-    from jaxq.models import Model
+    from jaxq.image_data import Images, Split
     from jaxq.recipe import Recipe
     from jaxq.report import Report
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that runs: float, or quantized with its report."""
+    """A model that runs, a Model or a VisionModel: float, or quantized with its report."""
 
-    model: Model
+    model: Any
     report: Report | None
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model classifies images; otherwise it reads tokens."""
+        from jaxq.models.vision import VisionModel
+
+        return isinstance(self.model, VisionModel)
+
+    def example(self, tokens: int = 16) -> Any:
+        """The abstract input that shapes are found with: an image, or one row of tokens."""
+        import jax
+        import jax.numpy as jnp
+
+        if self.takes_images:
+            side, channels = self.model.config.image_size, self.model.config.channels
+            return jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        return jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer. JaxqError when the model has none."""
+        if self.takes_images:
+            raise JaxqError("this is an image model: it reads no text")
         if self.model.tokenizer is None:
             raise JaxqError("the model has no tokenizer files, so that text cannot be read: add tokenizer.json")
         return self.model.tokenizer
@@ -56,6 +75,14 @@ def read_text(name: str, held_out: bool) -> str:
         raise JaxqError(f"{name}: no such file, nor the name of a corpus ({', '.join(NAMES)})")
     with doing(f"fetching {name}"):
         return data.split(data.read_text(data.corpus(name)))[1 if held_out else 0]
+
+
+def read_images(name: str, split: Split) -> Images:
+    """Return a split of a named data set of images."""
+    from jaxq import image_data
+
+    with doing(f"fetching {name}"):
+        return image_data.load(name, split)
 
 
 def read_recipe(name: str, settings: dict[str, Any]) -> Recipe:
