@@ -209,3 +209,33 @@ def test_sites_of_an_image_model(place):
 
 def test_an_image_model_reads_no_text(place):
     assert "this is an image model: it reads no text" in refused("generate", place / "vit", "--prompt", "Hello")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "close"), [("rtn", 8, 0.05), ("gptq", 8, 0.05), ("squeezellm", 3, 0.5)]
+)
+def test_quantized_from_the_command_line(recipe, bits, close, place, tmp_path, model):
+    out, words = tmp_path / "out", ["--recipe", recipe, "--bits", str(bits)]
+    words += [] if recipe == "squeezellm" else ["--group-size", "channel"]
+    words += [] if recipe == "rtn" else ["--calibration", "tiny", "--samples", "20", "--batch", "6"]
+    done = parsed("quantize", place / "vit", out, *words)
+    assert {site["path"] for site in done["sites"]} >= {f"blocks/{i}/mlp/fc2/kernel" for i in range(2)}
+    assert all(site["format"] != "dense" for site in done["sites"] if site["path"].startswith("blocks"))
+    data = some()
+    x = jnp.asarray(prepare(data.images))
+    result = jaxq.load(out)
+    logits, wanted = jaxq.quantized(model.apply)(result.params, x), model.apply(model.params, x)
+    assert 0 < np.abs(logits - wanted).max() < close * np.abs(wanted).max()
+    found = parsed("eval", out, "--metric", "top1", "--data", "tiny")
+    assert found["top1"] == pytest.approx(100 * float(np.mean(np.asarray(logits).argmax(1) == data.labels)))
+    assert found["bits_per_weight"] == pytest.approx(done["bits_per_weight"])
+
+
+def test_what_an_image_model_is_calibrated_on(place, tmp_path):
+    words = ["--recipe", "gptq", "--group-size", "channel"]
+    quantize = functools.partial(refused, "quantize", place / "vit", tmp_path / "out", *words)
+    assert "recipe gptq needs images: add --calibration fashion-mnist" in quantize()
+    assert "there is no image data set 'essays'" in quantize("--calibration", "essays")
+    assert "32 images asked for, there are 20" in quantize("--calibration", "tiny")
+    plan = parsed("quantize", place / "vit", "out", *words, "--calibration", "tiny", "--dry-run")
+    assert plan["bytes_after"] < plan["bytes_before"]

@@ -52,8 +52,8 @@ def _one_line() -> Iterator[None]:
 app = typer.Typer(
     cls=Commands,
     name="jaxq",
-    help="Post-training quantization of language models in JAX.",
-    epilog="MODEL is a Hugging Face directory, a .gguf file, or the name of a demo model (smollm2-135m). "
+    help="Post-training quantization of language and image models in JAX.",
+    epilog="MODEL is a Hugging Face or timm directory, a .gguf file, or the name of a demo model (smollm2-135m). "
     "OUT is a directory that [bold]jaxq quantize[/bold] wrote.",
     rich_markup_mode="rich",
     add_completion=False,
@@ -96,6 +96,7 @@ for _command, _name, _lines in (
             "jaxq quantize smollm2-135m out --recipe squeezellm --bits 3 --sparsity 0.0045 --calibration essays",
             "jaxq quantize ./llama out --recipe rtn --bits 4 --dry-run",
             "jaxq quantize ./llama out --recipe mine.toml --calibration notes.txt --overwrite",
+            "jaxq quantize ./vit out --recipe gptq --bits 4 --calibration fashion-mnist --samples 128 --batch 32",
         ),
     ),
     (
@@ -103,6 +104,7 @@ for _command, _name, _lines in (
         "eval",
         (
             "jaxq eval out --data essays",
+            "jaxq eval ./vit --metric top1 --data fashion-mnist --json",
             "jaxq eval smollm2-135m --metric perplexity --data notes.txt --windows 40 --seq-len 512 --json",
         ),
     ),

@@ -12,7 +12,6 @@ from jaxq.errors import JaxqError
 from jaxq.report.records import Report, number, size
 
 if TYPE_CHECKING:
-    from jaxq.models import Model
     from jaxq.planning import Plan
     from jaxq.quantize import Event
     from jaxq.recipe import Recipe
@@ -43,12 +42,15 @@ def quantize(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE.txt|NAME", help="Text to calibrate on: a file, or austen, essays, handbook."),
+        typer.Option(
+            metavar="FILE.txt|NAME",
+            help="Text to calibrate on: a file, or austen, essays, handbook. For an image model: fashion-mnist.",
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, or images.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Windows at a time, at most.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Which windows are drawn.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Windows or images at a time, at most.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows or images are drawn.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="Of the float weights: float32 or bfloat16; float32 when left out.")
     ] = None,
@@ -68,21 +70,23 @@ def quantize(
     if not dry_run:
         checkpoint.check_destination(out, overwrite)
     chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or [], sparsity))
-    if chosen.needs_data and calibration is None:
-        raise JaxqError(f"recipe {chosen.name} needs text: add --calibration FILE.txt, or --calibration essays")
     opened = sources.open_model(model, lazy=True, dtype=dtype)
     if opened.report is not None:
         raise JaxqError(f"{model} is quantized already: give the float model that it was made from")
-    most = min(batch, _backward_rows(opened.model, seq_len)) if chosen.needs_gradients else batch
+    if chosen.needs_data and calibration is None:
+        data = "images: add --calibration fashion-mnist"
+        text = "text: add --calibration FILE.txt, or --calibration essays"
+        raise JaxqError(f"recipe {chosen.name} needs {data if opened.takes_images else text}")
+    most = min(batch, _backward_rows(opened, seq_len)) if chosen.needs_gradients else batch
     rows = _batch_size(samples, most) if chosen.needs_data else 1
-    shape = (rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
+    example = opened.example(rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
     if dry_run:
-        _print_plan(_plan(opened.model, chosen, shape, samples // rows), chosen, as_json)
+        _print_plan(_plan(opened.model, chosen, example, samples // rows), chosen, as_json)
         return
-    batches = _batches(opened, calibration, samples, seq_len, seed, rows) if chosen.needs_data else None
-    plan = _plan(opened.model, chosen, shape, samples // rows)
+    data = _data(opened, calibration, samples, seq_len, seed, rows) if chosen.needs_data else None
+    plan = _plan(opened.model, chosen, example, samples // rows)
     checkpoint.check_destination(out, overwrite, plan.bytes_after)
-    result = _run(opened.model, chosen, batches, shape)
+    result = _run(opened, chosen, data, example)
     pages = {
         "report.html": result.report.html(f"{opened.model.source.get('name', model)}, {chosen.name}"),
         "report.json": json.dumps(result.report.to_dict(), indent=1) + "\n",
@@ -92,7 +96,7 @@ def quantize(
             out,
             result,
             config=opened.model.config,
-            tokenizer=opened.model.tokenizer,
+            tokenizer=None if opened.takes_images else opened.model.tokenizer,
             source=opened.model.source,
             overwrite=overwrite,
             files=pages if report else {},
@@ -104,9 +108,14 @@ def quantize(
         console.out().print(f"written to {out}", markup=False)
 
 
-def _backward_rows(model: Model, seq_len: int) -> int:
-    """Windows whose float32 logits, and gradients of them, stay within half a gigabyte."""
-    return max(1, (1 << 28) // (4 * model.config.vocab_size * seq_len))
+def _backward_rows(opened: sources.Opened, seq_len: int) -> int:
+    """Examples whose float32 logits, and gradients of them, stay within half a gigabyte."""
+    config = opened.model.config
+    if not opened.takes_images:
+        return max(1, (1 << 28) // (4 * config.vocab_size * seq_len))
+    if not config.classes:
+        raise JaxqError("this model has no classes, so there is no loss to take gradients of: use another recipe")
+    return max(1, (1 << 28) // (4 * config.classes))
 
 
 def _batch_size(samples: int, most: int) -> int:
@@ -114,30 +123,32 @@ def _batch_size(samples: int, most: int) -> int:
     return max(rows for rows in range(1, min(samples, most) + 1) if samples % rows == 0)
 
 
-def _batches(
+def _data(
     opened: sources.Opened, calibration: str | None, samples: int, seq_len: int, seed: int, rows: int
-) -> list[Any]:
-    from jaxq import data
+) -> tuple[list[Any], list[Any] | None]:
+    """Calibration batches, and the labels of images."""
+    from jaxq import data, image_data
 
+    parts = [slice(start, start + rows) for start in range(0, samples, rows)]
+    if opened.takes_images:
+        drawn = image_data.calibration(sources.read_images(calibration or "", "train"), samples, seed)
+        return image_data.batches(drawn, opened.model.config, rows), [drawn.labels[part] for part in parts]
     text = sources.read_text(calibration or "", held_out=False)
     with console.doing("encoding the calibration text"):
         windows = data.calibration(text, opened.tokenizer, samples, seq_len, seed)
-    return [windows[start : start + rows] for start in range(0, samples, rows)]
+    return [windows[part] for part in parts], None
 
 
-def _plan(model: Model, recipe: Recipe, shape: tuple[int, int], batches: int) -> Plan:
-    import jax
-    import jax.numpy as jnp
-
+def _plan(model: Any, recipe: Recipe, example: Any, batches: int) -> Plan:
     import jaxq
 
     with console.doing("planning"):
-        return jaxq.plan(
-            model.apply, model.params, jax.ShapeDtypeStruct(shape, jnp.int32), recipe, batches=batches
-        )
+        return jaxq.plan(model.apply, model.params, example, recipe, batches=batches)
 
 
-def _run(model: Model, recipe: Recipe, batches: list[Any] | None, shape: tuple[int, int]) -> Any:
+def _run(
+    opened: sources.Opened, recipe: Recipe, data: tuple[list[Any], list[Any] | None] | None, example: Any
+) -> Any:
     import numpy as np
 
     import jaxq
@@ -154,9 +165,16 @@ def _run(model: Model, recipe: Recipe, batches: list[Any] | None, shape: tuple[i
             )
 
         meter.update(0.0, "starting")
-        example = [np.zeros(shape, np.int32)]
+        batches, labels = data or ([np.zeros(example.shape, example.dtype)], None)
+        losses, model = jaxq.losses, opened.model
         return jaxq.quantize(
-            model.apply, model.params, batches or example, recipe, loss=jaxq.losses.next_token, progress=show
+            model.apply,
+            model.params,
+            batches,
+            recipe,
+            loss=losses.classification if opened.takes_images else losses.next_token,
+            targets=labels if recipe.needs_gradients else None,
+            progress=show,
         )
 
 

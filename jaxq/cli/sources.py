@@ -30,15 +30,15 @@ class Opened:
 
         return isinstance(self.model, VisionModel)
 
-    def example(self, tokens: int = 16) -> Any:
-        """The abstract input that shapes are found with: an image, or one row of tokens."""
+    def example(self, rows: int = 1, tokens: int = 16) -> Any:
+        """The abstract input that shapes are found with: so many images, or rows of tokens."""
         import jax
         import jax.numpy as jnp
 
         if self.takes_images:
             side, channels = self.model.config.image_size, self.model.config.channels
-            return jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-        return jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+            return jax.ShapeDtypeStruct((rows, side, side, channels), jnp.float32)
+        return jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
 
     @property
     def tokenizer(self) -> Any:

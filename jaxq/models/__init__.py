@@ -18,7 +18,7 @@ from jaxq.models.vision import VisionConfig as VisionConfig
 from jaxq.models.vision import VisionModel as VisionModel
 
 
-def load(source: str | Path, *, lazy: bool = False, dtype: Any = None) -> Model | VisionModel:
+def load(source: str | Path, *, lazy: bool = False, dtype: Any = None) -> Any:
     """Loads a model: a Hugging Face or timm directory, a GGUF file, or the name of a demo model.
 
     A language model comes as a `Model`, an image model as a `VisionModel`.

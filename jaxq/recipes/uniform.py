@@ -8,7 +8,7 @@ from jaxq.formats import Uniform
 from jaxq.recipe import Recipe, Rule
 
 #: The linear layers of a transformer's blocks. Embeddings and the head stay float, as in the published tables.
-BLOCKS = "layers/**/kernel"
+BLOCKS = "{layers,blocks}/**/kernel"
 
 
 def rtn(
