@@ -117,7 +117,6 @@ def test_batches_are_what_the_model_takes():
 
 
 def test_batches_of_another_size_and_of_three_channels():
-    pytest.importorskip("PIL")
     config = VisionConfig("vit", 8, 2, 8, (1,), (2,))
     assert [x.shape for x in batches(some(4), config, 4)] == [(4, 8, 8, 3)]
 

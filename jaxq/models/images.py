@@ -1,7 +1,7 @@
 """Images as their models want them: resized, cropped, scaled to 0..1, normalised, as the originals do it.
 
 Resizing is Pillow's (antialiased, rounded to 8 bits), cropping torchvision's, so that accuracies can be compared
-with published ones. Pillow is needed only for reading files and for resizing.
+with published ones.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float32, UInt8
 
 from jaxq.errors import JaxqError
@@ -55,9 +55,9 @@ def resize(pixels: UInt8[np.ndarray, "H W *C"], config: VisionConfig) -> UInt8[n
     size = (side, side) if config.squash else (int(side * height / short), int(side * width / short))
     if size == (height, width):
         return pixels
-    pillow = _pillow()
-    how = {"bicubic": pillow.Resampling.BICUBIC, "bilinear": pillow.Resampling.BILINEAR}[config.interpolation]
-    return np.asarray(pillow.fromarray(pixels).resize(size[::-1], how))
+    known = PIL.Image.Resampling
+    how = {"bicubic": known.BICUBIC, "bilinear": known.BILINEAR}[config.interpolation]
+    return np.asarray(PIL.Image.fromarray(pixels).resize(size[::-1], how))
 
 
 def channels(pixels: UInt8[np.ndarray, "S S *C"], wanted: int) -> UInt8[np.ndarray, "S S C"]:
@@ -74,23 +74,14 @@ def channels(pixels: UInt8[np.ndarray, "S S *C"], wanted: int) -> UInt8[np.ndarr
 
 def read(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     """A file or a Pillow image, as RGB. Errors: JaxqError for a file that cannot be read."""
-    pillow = _pillow()
     if not isinstance(image, (str, Path)):
-        if not isinstance(image, pillow.Image):
+        if not isinstance(image, PIL.Image.Image):
             raise JaxqError(
                 f"a {type(image).__name__} is not an image: give a file, a Pillow image or a uint8 array"
             )
         return np.asarray(image.convert("RGB"))
     try:
-        with pillow.open(image) as file:
+        with PIL.Image.open(image) as file:
             return np.asarray(file.convert("RGB"))
-    except (OSError, ValueError, pillow.DecompressionBombError) as error:
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise JaxqError(f"{image} cannot be read as an image: {error}") from None
-
-
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise JaxqError("reading and resizing images needs Pillow: pip install pillow") from None
-    return Image
