@@ -52,12 +52,12 @@ def resize(pixels: UInt8[np.ndarray, "H W *C"], config: VisionConfig) -> UInt8[n
     height, width = pixels.shape[:2]
     side = math.floor(config.image_size / config.crop + 1e-6)
     short = min(height, width)
-    size = (side, side) if config.squash else (int(side * height / short), int(side * width / short))
-    if size == (height, width):
+    rows, columns = (side, side) if config.squash else (int(side * height / short), int(side * width / short))
+    if (rows, columns) == (height, width):
         return pixels
     known = PIL.Image.Resampling
     how = {"bicubic": known.BICUBIC, "bilinear": known.BILINEAR}[config.interpolation]
-    return np.asarray(PIL.Image.fromarray(pixels).resize(size[::-1], how))
+    return np.asarray(PIL.Image.fromarray(pixels).resize((columns, rows), how))
 
 
 def channels(pixels: UInt8[np.ndarray, "S S *C"], wanted: int) -> UInt8[np.ndarray, "S S C"]:
