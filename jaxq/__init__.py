@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxq.calibration import ActivationRule as ActivationRule
+from jaxq.calibration import calibrate as calibrate
 from jaxq.errors import JaxqError as JaxqError
 from jaxq.formats import Codebook as Codebook
 from jaxq.formats import DenseSparse as DenseSparse

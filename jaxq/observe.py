@@ -13,6 +13,7 @@ from jax import lax
 from jaxq import tracing
 from jaxq.errors import JaxqError
 from jaxq.interpreter import Rules, Walk
+from jaxq.names import Name, names
 from jaxq.patterns import first_match
 from jaxq.sites import Site, site_of
 from jaxq.tracked import Leaf, Record, Records
@@ -32,6 +33,8 @@ class ObserveRules(Rules):
     def __init__(self, statistics: dict[str, Statistic], shapes: dict[str, Any], weights: Any):
         self.statistics, self.shapes, self.weights = statistics, shapes, weights
         self.sites: dict[str, Site] = {}
+        #: {id of an equation: the activation that it names}, which tells equal names apart.
+        self.names: dict[int, Name] = {}
 
     def statistic(self, path: str) -> Statistic | None:
         pattern = first_match(self.statistics, path)
@@ -119,6 +122,7 @@ class ObserveRules(Rules):
         return lax.map(one, (ends - sizes, ends))
 
     def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:
+        path = self.names[id(eqn)].path if id(eqn) in self.names else path
         statistic = self.statistic(path)
         if statistic is None or jnp.ndim(value) == 0:
             return value, {}
@@ -135,6 +139,7 @@ def observed(fn: Callable[..., Any], statistics: dict[str, Statistic]) -> Callab
         call = tracing.trace(fn, (params, *args))
         shapes = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in zip(call.paths, call.values, strict=True)}
         rules = ObserveRules(statistics, shapes, weights)
+        rules.names = names(call.jaxpr.eqns)
         values = [
             Leaf.of(v, p) if i < call.parameters else v
             for i, (v, p) in enumerate(zip(call.values, call.paths, strict=True))

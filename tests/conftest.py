@@ -3,6 +3,7 @@
 The threads of OpenBLAS spin against those of XLA and of the other test process; see jaxq.quantize.
 """
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -18,6 +19,8 @@ settings.load_profile("jaxq")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tracing makes many small objects that live on: looking for garbage among them takes a twentieth of the time.
+    gc.set_threshold(50_000, 20, 100)
     # The fast tests compile hundreds of tiny programs once each: the compiler's work is nearly all of their
     # time. Real models want its optimizations. The older of its two code generators, which jaxlib 0.10 still has,
     # takes half as long.

@@ -91,8 +91,10 @@ def test_two_classes_by_hand():
 @pytest.mark.parametrize("fn", [vit, rms_vit])
 def test_exact_is_the_diagonal_of_the_hessian_of_the_divergence(fn, params, x):
     exact = jaxq.importance(fn, params, [x[:2], x[2:]], estimator="exact", reduction="mean_sq")
-    rows = jaxq.importance(fn, params, [x], estimator="row_sum", reduction="per_sample")
     assert list(exact) == ["block", "block#2", "block#3"]
+    # The first block is like the second: one Hessian less to compile.
+    exact.pop("block")
+    rows = jaxq.importance(fn, params, [x], paths=list(exact), estimator="row_sum", reduction="per_sample")
     for path in exact:
         slope, hessian = hessians(fn, params, x, path, (3, 6))
         diagonal = jnp.diagonal(hessian, axis1=1, axis2=2)

@@ -19,6 +19,7 @@ from jaxq.checkpoint.directory import MANIFEST, failure, whole
 from jaxq.checkpoint.manifest import SCHEMA, Entry, children, entries, read_entries, read_manifest
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
+from jaxq.names import Activated
 from jaxq.report import Report
 
 if TYPE_CHECKING:
@@ -59,8 +60,14 @@ def save(
       files: further text files, name -> content, such as "report.html".
 
     Raises:
-      JaxqError: `path` exists, a leaf cannot be stored, or the file system refuses; nothing is left behind.
+      JaxqError: `path` exists, the parameters are a `jaxq.Activated`, a leaf cannot be stored, or the file system
+        refuses; nothing is left behind.
     """
+    if isinstance(result.params, Activated):
+        raise JaxqError(
+            "quantizers of named activations cannot be saved yet: save the .params of jaxq.Activated, which hold "
+            "those of the inputs of weights"
+        )
     described = entries(result.params)
     needed = sum(array.nbytes for _, found in described for array in found.values())
     with whole(path, overwrite, needed) as directory:
