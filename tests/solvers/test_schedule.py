@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxq.solvers.schedule import BLOCK, MICRO, PANEL, plan
@@ -21,6 +21,7 @@ def test_sizes_nest(rows, group):
         assert sizes[0] <= max(PANEL, made.slot)
 
 
+@settings(max_examples=10)  # every example compiles
 @given(rows=st.integers(1, 300), group=st.one_of(st.none(), st.integers(1, 300)))
 def test_padding_round_trips(rows, group):
     made = plan(rows, None if group is None else min(group, rows))
