@@ -14,7 +14,7 @@ import jaxlib
 import pytest
 from hypothesis import settings
 
-settings.register_profile("jaxq", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("jaxq", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("jaxq")
 
 
