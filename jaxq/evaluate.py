@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxq import tracing
 from jaxq.data import windows as windows
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
@@ -86,13 +85,12 @@ def perplexity(
     if step < 1:
         raise JaxqError(f"a batch needs at least 1 window, got {batch}")
     pieces = _pieces(apply, params, (step, length), jnp.int32)
-    flat = tracing.flatten(params)
     total, scored = 0.0, 0
     for start in range(0, count, step):
         rows = tokens[start : start + step]
         # The last batch is filled up so that it has the shape that was compiled.
         full = np.resize(rows, (step, length))
-        nll = token_nll(run(pieces, flat, full), full)
+        nll = token_nll(run(pieces, params, full), full)
         total += float(np.asarray(nll, np.float64)[: len(rows)].sum())
         scored += rows.size - len(rows)
         if progress is not None:
@@ -136,12 +134,11 @@ def top1(
     if step < 1:
         raise JaxqError(f"a batch needs at least 1 image, got {batch}")
     pieces = _pieces(apply, params, (step, *shape), jnp.float32)
-    flat = tracing.flatten(params)
     right = 0
     for start in range(0, count, step):
         rows = prepare(images[start : start + step])
         # The last batch is filled up so that it has the shape that was compiled.
-        logits = run(pieces, flat, np.resize(rows, (step, *shape)))
+        logits = run(pieces, params, np.resize(rows, (step, *shape)))
         wanted = labels[start : start + step]
         right += int((np.argmax(np.asarray(logits[: len(rows)]), axis=-1) == wanted).sum())
         if progress is not None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxq import planning, tracing
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
+from jaxq.names import Activated
 from jaxq.planning import arguments, nbytes
 from jaxq.recipe import Recipe
 from jaxq.report import Report
@@ -70,6 +71,8 @@ def quantize(
             needed, weights that are not finite, a group larger than a width; each names the path.
     """
     start = time.perf_counter()
+    if isinstance(params, Activated):
+        raise JaxqError("quantize the parameters first, then calibrate their activations with jaxq.calibrate")
     given = [arguments(b) for b in batches]
     if not given:
         raise JaxqError("there is no calibration data: give at least one batch")

@@ -7,6 +7,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxq
+from jaxq import evaluate
 from jaxq.calibration import ActivationRule, calibrate
 from jaxq.errors import JaxqError
 from jaxq.formats import Affine, Dynamic, ShiftLog
@@ -142,6 +143,9 @@ def test_an_image_model_at_eight_bits_is_itself(key):
     assert len(result.activations) == 8 and result.activations["blocks/1/attn/probs"].scale.shape == (2, 1, 1)
     got, want = jaxq.quantized(net.apply)(result, images[0]), net.apply(net.params, images[0])
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    data, labels = np.asarray(jnp.concatenate(images)), np.arange(8) % 5
+    right = np.asarray(jaxq.quantized(net.apply)(result, data)).argmax(1) == labels
+    assert evaluate.top1(net.apply, result, data, labels, batch=4)["top1"] == pytest.approx(100 * right.mean())
     low = calibrate(net.apply, net.params, images, [ActivationRule(r.pattern, Affine(2), "minmax") for r in rules])
     worse = jaxq.quantized(net.apply)(low, images[0])
     assert np.abs(worse - want).max() > 3 * np.abs(got - want).max()
@@ -161,6 +165,8 @@ def test_what_belongs_to_weights_is_saved_and_names_are_not_lost_in_silence(para
 def test_bad_input_is_refused_by_name(params, batches):
     with pytest.raises(JaxqError, match=r"pattern '\*\*/gate/kernel' matches no site"):
         calibrate(model, params, batches, [ActivationRule("**/gate/kernel", Affine(4))])
+    with pytest.raises(JaxqError, match="quantize the parameters first"):
+        jaxq.quantize(model, jaxq.Activated(params, {}), batches, jaxq.recipes.named("rtn"))
     with pytest.raises(JaxqError, match="no batches"):
         calibrate(model, params, [], RULES)
     with pytest.raises(JaxqError, match="stream is"):
