@@ -92,7 +92,8 @@ def main() -> None:
     done = {(r["method"], r["bits"]) for r in known["rows"]}
 
     def add(row: dict[str, Any]) -> None:
-        known["rows"].append(row)
+        # JSON has no NaN.
+        known["rows"].append({k: None if v != v else v for k, v in row.items()})
         shown = "  ".join(f"{n} {p:10.3f}" for n, p in row["perplexity"].items())
         print(
             f"{row['method']:20s} {row['bits']:2d} bits  {row['bits_per_weight']:6.3f} b/w  {shown}  "

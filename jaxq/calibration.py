@@ -10,64 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxq import tracing
-from jaxq.errors import JaxqError
+from jaxq.activation_rule import ActivationRule as ActivationRule
+from jaxq.errors import JaxqError, at_path
 from jaxq.formats.base import is_quantized
-from jaxq.formats.grids import Affine, Dynamic, Grid, Log, ShiftLog
 from jaxq.formats.rounded_input import rounded_input
-from jaxq.gradients import program_sites
 from jaxq.names import Activated, split
 from jaxq.observe import merge_records, observed
 from jaxq.patterns import first_match
-from jaxq.planning import at_path
 from jaxq.sites import Site
-from jaxq.solvers import ranges
 from jaxq.stages import Program, Slot, Stage, stages
 
 STREAMS = ("float", "quantized")
 
 #: {path: (rule, site)} of what is to be fitted; the site is that of a weight, None for a named activation.
 Chosen = dict[str, tuple["ActivationRule", Site | None]]
-
-#: {name of a search: search(x, grid) -> quantizer}, for affine grids.
-SEARCHES: dict[str, Callable[[Array, Affine], Any]] = {
-    "minmax": lambda x, grid: ranges.minmax(x, grid.bits, grid.axes(x.ndim)),
-    "percentile": lambda x, grid: ranges.percentile(x, grid.bits, grid.axes(x.ndim)),
-    "mse": lambda x, grid: ranges.mse_grid(x, grid.bits, grid.axes(x.ndim)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ActivationRule:
-    """What to do with the activations whose path matches a pattern.
-
-    The path is that of a weight, whose input is meant, or the name of an activation (`jaxq.activations`).
-
-    grid: what they are rounded to; None leaves them alone. search: how an affine grid's range is found, "minmax",
-    "percentile" or "mse"; other grids have one search each.
-    """
-
-    pattern: str
-    grid: Grid | None = None
-    search: str = "percentile"
-
-    def __post_init__(self) -> None:
-        if self.search not in SEARCHES:
-            raise JaxqError(f"rule {self.pattern!r}: unknown search {self.search!r}; use {', '.join(SEARCHES)}")
-
-    def quantizer(self, x: Float[Array, "*shape"]) -> Any:
-        """The quantizer of this sample. JaxqError for a sample that the grid cannot serve."""
-        grid = self.grid
-        if isinstance(grid, Affine):
-            return SEARCHES[self.search](x, grid)
-        if isinstance(grid, Log):
-            return ranges.log(x, grid.bits, grid.root, official=grid.official)
-        if isinstance(grid, ShiftLog):
-            return ranges.shift_log(x, grid.bits, official=grid.official)
-        assert isinstance(grid, Dynamic)
-        return grid.abstract(x.shape[-1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +105,7 @@ def _chosen(pieces: Sequence[Stage], rules: Sequence[ActivationRule]) -> Chosen:
     decided: dict[str, bool] = dict.fromkeys(patterns, False)
     chosen: Chosen = {}
     for piece in pieces:
-        sites = program_sites(piece.program)
+        sites = piece.program.sites
         weights = [
             (slot, sites[i]) for i, slot in enumerate(piece.paths) if i in sites and sites[i].kind == "matmul"
         ]
@@ -165,13 +124,14 @@ def _chosen(pieces: Sequence[Stage], rules: Sequence[ActivationRule]) -> Chosen:
     return chosen
 
 
-def _whole(keys: Iterable[str]) -> dict[str, Any]:
+def whole(keys: Iterable[str]) -> dict[str, Any]:
+    """{key: the statistic that keeps all there is}."""
     return dict.fromkeys(keys, Whole())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _observe(program: Program, keys: tuple[str, ...], leaves: Any, inputs: list[Any]) -> Any:
-    return observed(program.run, _whole(keys))(leaves, inputs)[1]
+    return observed(program.run, whole(keys))(leaves, inputs)[1]
 
 
 def _fitted(
@@ -190,7 +150,7 @@ def _fitted(
     records: Any = None
     for carry in carries:
         new = _observe(piece.program, tuple(keys), [taken[slot] for slot in piece.paths], piece.inputs(carry))
-        records = new if records is None else merge_records(_whole(keys), records, new)
+        records = new if records is None else merge_records(whole(keys), records, new)
     out = {}
     for own, path in keys.items():
         with at_path(path):

@@ -22,7 +22,7 @@ from jaxq.errors import JaxqError
 from jaxq.interpreter import Walk
 from jaxq.observe import ObserveRules
 from jaxq.patterns import first_match
-from jaxq.sites import Site, site_of, sites
+from jaxq.sites import Site, site_of
 from jaxq.stages import Program, Slot, Stage, stages
 from jaxq.tracked import Leaf, Records
 from jaxq.uses import Use
@@ -158,15 +158,6 @@ class Probes:
 
 
 @functools.lru_cache(maxsize=64)
-def program_sites(program: Program) -> dict[int, Site]:
-    """{position of a leaf: its site} for the leaves of a stage that data flows into."""
-    found: dict[int, Site] = {}
-    for site in sites(program.run, program.leaf_avals, program.input_avals):
-        if site.in_axes and site.out_axes and site.kind not in ("product", "embedding"):
-            found.setdefault(int(site.path), site)
-    return found
-
-
 def _stored(x: Any) -> Any:
     """The value kept until the way back: on the host, unless it is spread over devices."""
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) > 1:
@@ -364,7 +355,7 @@ def observe_gradients(
 
     def wanted(stage: Stage) -> dict[int, tuple[Site, dict[str, Any]]]:
         out = {}
-        for position, site in program_sites(stage.program).items():
+        for position, site in stage.program.sites.items():
             pattern = first_match(statistics, stage.paths[position].path)
             if pattern is not None and statistics[pattern] is not None:
                 out[position] = (site, {"": statistics[pattern]})
@@ -395,4 +386,4 @@ def observe_gradients(
 
 
 def _slots(stage: Stage) -> list[Slot]:
-    return [stage.paths[position] for position in program_sites(stage.program)]
+    return [stage.paths[position] for position in stage.program.sites]

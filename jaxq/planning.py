@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import tracing
-from jaxq.errors import JaxqError
+from jaxq.errors import JaxqError, at_path
 from jaxq.formats.base import is_quantized
 from jaxq.recipe import Recipe, Rule
 from jaxq.sites import Site, sites
@@ -84,20 +84,6 @@ def targets(
             raise JaxqError(f"{path} is a look-up: no data flows into it, so {rule.solver} cannot fit it; use rtn")
         out[path] = Target(site, rule)
     return list(found.values()), out
-
-
-class at_path:
-    """Puts the path of a leaf in front of an error about it."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, JaxqError):
-            raise JaxqError(f"{self.path}: {error}") from None
 
 
 def plan(fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, batches: int = 1) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import planning, tracing
+from jaxq.blockwise import driver
+from jaxq.calibration import calibrate
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
 from jaxq.names import Activated
@@ -40,6 +43,8 @@ def quantize(
     weights: Iterable[Any] | None = None,
     loss: Callable[..., Any] | None = None,
     targets: Iterable[Any] | None = None,
+    student: Callable[..., Any] | None = None,
+    seed: int = 0,
     progress: Callable[[Event], None] | None = None,
 ) -> Result:
     """Quantizes the parameters of a pure function as the recipe says.
@@ -64,6 +69,9 @@ def quantize(
         loss: `loss(output, *args) -> (sequences,)`, see `jaxq.losses`; only recipes with statistics of its
             gradient need it. For language models, `jaxq.losses.next_token`.
         targets: for each batch, one more argument of the loss, such as labels.
+        student: of recipes with steps, the function that is quantized where it is another than `fn`: with ReLU in
+            place of GELU, for the step `relu_mlp`. It has the same parameters and the same stages.
+        seed: of the draws of recipes with steps.
         progress: called after each site.
 
     Raises:
@@ -77,6 +85,8 @@ def quantize(
     if not given:
         raise JaxqError("there is no calibration data: give at least one batch")
     _check_shapes(given)
+    if recipe.steps:
+        return _by_steps(fn, params, given, recipe, student, seed, progress)
     found, chosen = planning.targets(fn, params, given[0], recipe)
     flat = tracing.flatten(params)
     for path in chosen:
@@ -106,7 +116,26 @@ def quantize(
         other_bytes=other,
         drift=run.drift,
     )
-    return Result(tracing.replace(params, run.finished()), report)
+    done = tracing.replace(params, run.finished())
+    if recipe.activations:
+        done = calibrate(fn, done, given, recipe.activations, stream="quantized")
+    return Result(done, report)
+
+
+def _by_steps(
+    fn: Callable[..., Any],
+    params: Any,
+    given: Sequence[Any],
+    recipe: Recipe,
+    student: Callable[..., Any] | None,
+    seed: int,
+    progress: Callable[[Event], None] | None,
+) -> Result:
+    def tell(text: str, seconds: float, eta: float) -> None:
+        if progress is not None:
+            progress(Event(0, 0, text, math.nan, seconds, eta))
+
+    return Result(*driver.run(fn, params, given, recipe, student=student, seed=seed, tell=tell))
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxq import formats
+from jaxq.activation_rule import ActivationRule
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format
 from jaxq.formats.dense_sparse import DenseSparse
 from jaxq.patterns import matches
 from jaxq.solvers.registry import SOLVERS
+from jaxq.steps import Step, step_from_dict
 from jaxq.transforms.registry import STATISTICS, of_gradient
 
 #: Options of `jaxq.solvers.split.solve_split` that a rule may set.
@@ -111,10 +113,17 @@ def _replaced(data: Any, old: Any, new: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """An ordered list of rules; the first whose pattern matches a path decides. Other parameters stay float."""
+    """An ordered list of rules; the first whose pattern matches a path decides. Other parameters stay float.
+
+    activations: rules of the inputs of weights and of named activations, likewise. steps: what is done to find
+    their grids and to train, in order (`jaxq.steps`); without steps each weight is given to its solver, stage by
+    stage, and then activations are fitted on what the quantized stages make of the data.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    activations: tuple[ActivationRule, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def rule(self, path: str) -> Rule | None:
         return next((r for r in self.rules if matches(r.pattern, path)), None)
@@ -131,8 +140,8 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether a rule's solver is given statistics of calibration data."""
-        return any(r.needs for r in self.rules)
+        """Whether calibration data are needed."""
+        return bool(self.activations or self.steps) or any(r.needs for r in self.rules)
 
     @property
     def needs_gradients(self) -> bool:
@@ -140,13 +149,24 @@ class Recipe:
         return any(r.needs_gradients for r in self.rules)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "rules": [r.to_dict() for r in self.rules]}
+        more = {"activations": self.activations, "steps": self.steps}
+        return {"name": self.name, "rules": [r.to_dict() for r in self.rules]} | {
+            name: [item.to_dict() for item in items] for name, items in more.items() if items
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         if not isinstance(data.get("rules"), list) or not data["rules"]:
             raise JaxqError("a recipe needs a list of [[rules]], each with a pattern")
-        return cls(str(data.get("name", "recipe")), tuple(Rule.from_dict(r) for r in data["rules"]))
+        unknown = data.keys() - {"name", "rules", "activations", "steps"}
+        if unknown:
+            raise JaxqError(f"a recipe has name, rules, activations and steps, not {', '.join(sorted(unknown))}")
+        return cls(
+            str(data.get("name", "recipe")),
+            tuple(Rule.from_dict(r) for r in data["rules"]),
+            tuple(ActivationRule.from_dict(r) for r in data.get("activations", ())),
+            tuple(step_from_dict(s) for s in data.get("steps", ())),
+        )
 
     def to_toml(self) -> str:
         import tomli_w  # only writing needs it

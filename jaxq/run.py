@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.errors import JaxqError
+from jaxq.errors import JaxqError, at_path
 from jaxq.formats.base import QuantizedArray, is_quantized
 from jaxq.formats.dense_sparse import DenseSparse
-from jaxq.gradients import States, Sweep, program_sites
+from jaxq.gradients import States, Sweep
 from jaxq.observe import merge_records, observed
-from jaxq.planning import Target, at_path, describe, nbytes
+from jaxq.planning import Target, describe, nbytes
 from jaxq.recipe import Rule
 from jaxq.report import SiteReport
 from jaxq.sites import Site
@@ -55,7 +55,7 @@ class Observer:
 
 
 @jax.jit
-def _difference(a: Any, b: Any) -> jax.Array:
+def difference(a: Any, b: Any) -> jax.Array:
     """Squared distance of two lists of float arrays and squared norm of the second."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if jnp.issubdtype(x.dtype, jnp.floating)]
     square = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))  # noqa: E731
@@ -170,7 +170,7 @@ class Run:
 
     def due(self, stage: Stage) -> dict[int, Site]:
         """{position: site} of the stage's leaves that are to be solved here."""
-        layouts = program_sites(stage.program)
+        layouts = stage.program.sites
         out = {}
         for position, slot in enumerate(stage.paths):
             target = self.chosen.get(slot.path)
@@ -234,7 +234,7 @@ class Run:
             if apart:
                 got = call(quantized, stage.inputs(mine))
                 new_stream.append(stage.advance(mine, got))
-                total += np.asarray(_difference(got, wanted), np.float64)
+                total += np.asarray(difference(got, wanted), np.float64)
         self.drift.append(float(np.sqrt(total[0] / total[1])) if total[1] > 0 else 0.0)
         return (new_stream if apart else new_floats), new_floats
 

@@ -24,6 +24,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
 from jaxq.names import Activated, names, split
 from jaxq.quantized import quantized
+from jaxq.sites import Site, sites
 
 Carry = dict[str, Any]
 
@@ -72,6 +73,15 @@ class Program:
         self.run: Callable[..., list[Any]] = quantized(lambda leaves, inputs: plain(*leaves, *inputs))
         self.call = jax.jit(self.run)
         self.names = [name.path for name in names(jaxprs.opened(closed)[0].eqns).values()]
+
+    @functools.cached_property
+    def sites(self) -> dict[int, Site]:
+        """{position of a leaf: its site} for the leaves that data flows into."""
+        found: dict[int, Site] = {}
+        for site in sites(self.run, self.leaf_avals, self.input_avals):
+            if site.in_axes and site.out_axes and site.kind not in ("product", "embedding"):
+                found.setdefault(int(site.path), site)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

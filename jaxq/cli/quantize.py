@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SHAPE_TOKENS = 16
 """Length of the example where a recipe needs shapes only."""
 
+WINDOWS, IMAGES = 32, 1024
+"""Calibration examples when nothing is said: of recipes that solve, and of those that train block by block."""
+
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or demo model.")],
@@ -33,6 +36,10 @@ def quantize(
             help="Weights that share a scale: a number, [bold]channel[/bold] (or 0), [bold]tensor[/bold]."
         ),
     ] = None,
+    weights: Annotated[
+        int | None, typer.Option(help="Bits of the weights, for recipes that round activations too.")
+    ] = None,
+    activations: Annotated[int | None, typer.Option(help="Bits of the activations, for those recipes.")] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Fraction of weights kept exactly, beside codebooks; the paper's is 0.0045."),
@@ -44,12 +51,19 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FILE.txt|NAME",
-            help="Text to calibrate on: a file, or austen, essays, handbook. For an image model: fashion-mnist.",
+            help="Text to calibrate on: a file, or austen, essays, handbook. For an image model: fashion-mnist, "
+            "which vit-fashion takes by itself.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, or images.")] = 32,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of calibration text, or images; 32, or 1024 for recipes that train."),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Windows or images at a time, at most.")] = 8,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Windows or images at a time, at most; recipes that train say so themselves."),
+    ] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which windows or images are drawn.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="Of the float weights: float32 or bfloat16; float32 when left out.")
@@ -69,14 +83,20 @@ def quantize(
 
     if not dry_run:
         checkpoint.check_destination(out, overwrite)
-    chosen = sources.read_recipe(recipe, sources.settings_of(bits, group_size, setting or [], sparsity))
+    both = {"weights": weights, "activations": activations}
+    settings = sources.settings_of(bits, group_size, setting or [], sparsity)
+    chosen = sources.read_recipe(recipe, settings | {k: v for k, v in both.items() if v is not None})
     opened = sources.open_model(model, lazy=True, dtype=dtype)
     if opened.report is not None:
         raise JaxqError(f"{model} is quantized already: give the float model that it was made from")
+    if calibration is None and opened.model.source.get("name") in sources.TRAINED_ON:
+        calibration = sources.TRAINED_ON[opened.model.source["name"]]
     if chosen.needs_data and calibration is None:
         data = "images: add --calibration fashion-mnist"
         text = "text: add --calibration FILE.txt, or --calibration essays"
         raise JaxqError(f"recipe {chosen.name} needs {data if opened.takes_images else text}")
+    if samples is None:
+        samples = IMAGES if chosen.steps else WINDOWS
     most = min(batch, _backward_rows(opened, seq_len)) if chosen.needs_gradients else batch
     rows = _batch_size(samples, most) if chosen.needs_data else 1
     example = opened.example(rows, seq_len if chosen.needs_data else SHAPE_TOKENS)
@@ -86,7 +106,7 @@ def quantize(
     data = _data(opened, calibration, samples, seq_len, seed, rows) if chosen.needs_data else None
     plan = _plan(opened.model, chosen, example, samples // rows)
     checkpoint.check_destination(out, overwrite, plan.bytes_after)
-    result = _run(opened, chosen, data, example)
+    result = _run(opened, chosen, data, example, seed)
     pages = {
         "report.html": result.report.html(f"{opened.model.source.get('name', model)}, {chosen.name}"),
         "report.json": json.dumps(result.report.to_dict(), indent=1) + "\n",
@@ -95,7 +115,7 @@ def quantize(
         checkpoint.save(
             out,
             result,
-            config=opened.model.config,
+            config=_student(opened, chosen).config,
             tokenizer=None if opened.takes_images else opened.model.tokenizer,
             source=opened.model.source,
             overwrite=overwrite,
@@ -147,7 +167,11 @@ def _plan(model: Any, recipe: Recipe, example: Any, batches: int) -> Plan:
 
 
 def _run(
-    opened: sources.Opened, recipe: Recipe, data: tuple[list[Any], list[Any] | None] | None, example: Any
+    opened: sources.Opened,
+    recipe: Recipe,
+    data: tuple[list[Any], list[Any] | None] | None,
+    example: Any,
+    seed: int,
 ) -> Any:
     import numpy as np
 
@@ -158,15 +182,14 @@ def _run(
         def show(event: Event) -> None:
             whole = event.seconds + event.eta
             known = "" if event.error != event.error else f", error {number(event.error)}"
-            meter.update(
-                event.seconds / whole if whole > 0 else 1.0,
-                f"stage {event.stage}/{event.stages}, {event.path}{known}",
-                event.eta,
-            )
+            place = f"stage {event.stage}/{event.stages}, " if event.stages else ""
+            # Nothing is known of the time left until something is done.
+            share = 0.0 if whole != whole else event.seconds / whole if whole > 0 else 1.0
+            meter.update(share, f"{place}{event.path}{known}", event.eta)
 
         meter.update(0.0, "starting")
         batches, labels = data or ([np.zeros(example.shape, example.dtype)], None)
-        losses, model = jaxq.losses, opened.model
+        losses, model, student = jaxq.losses, opened.model, _student(opened, recipe)
         return jaxq.quantize(
             model.apply,
             model.params,
@@ -174,8 +197,24 @@ def _run(
             recipe,
             loss=losses.classification if opened.takes_images else losses.next_token,
             targets=labels if recipe.needs_gradients else None,
+            student=None if student is model else student.apply,
+            seed=seed,
             progress=show,
         )
+
+
+def _student(opened: sources.Opened, recipe: Recipe) -> Any:
+    """The model that is quantized: with ReLU in its MLPs if the recipe fits them to that."""
+    from jaxq.steps import ReluMLP
+
+    model = opened.model
+    if not any(isinstance(step, ReluMLP) for step in recipe.steps) or model.config.activation == "relu":
+        return model
+    if not opened.takes_images:
+        raise JaxqError(f"recipe {recipe.name} rebuilds the MLPs of image models only: use --set relu=false")
+    from jaxq.models import vision
+
+    return vision.build(model.config.replace(activation="relu"), model.params, model.source)
 
 
 def _summary(report: Report, out: str) -> dict[str, Any]:

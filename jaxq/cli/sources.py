@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from jaxq.report import Report
 
 
+#: {demo model: the data set that it was trained on, and is calibrated on when nothing else is said}
+TRAINED_ON = {"vit-fashion": "fashion-mnist"}
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model that runs, a Model or a VisionModel: float, or quantized with its report."""

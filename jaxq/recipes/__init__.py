@@ -9,6 +9,7 @@ from jaxq.errors import JaxqError
 from jaxq.recipe import Recipe
 from jaxq.recipes.codebook import guided, kmeans, lnq, squeezellm
 from jaxq.recipes.uniform import gptq, rtn
+from jaxq.recipes.vision import aphq_vit, brecq, ias_vit, jaxq_vit, percentile, qdrop, repq_vit
 
 NAMED: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn,
@@ -17,6 +18,13 @@ NAMED: dict[str, Callable[..., Recipe]] = {
     "squeezellm": squeezellm,
     "lnq": lnq,
     "guided": guided,
+    "percentile": percentile,
+    "repq-vit": repq_vit,
+    "brecq": brecq,
+    "qdrop": qdrop,
+    "aphq-vit": aphq_vit,
+    "ias-vit": ias_vit,
+    "jaxq-vit": jaxq_vit,
 }
 
 
@@ -30,7 +38,9 @@ def named(name: str, **settings: object) -> Recipe:
     if name not in NAMED:
         raise JaxqError(f"unknown recipe {name!r}; use one of {', '.join(NAMED)}, or a TOML file")
     known = inspect.signature(NAMED[name]).parameters
-    unknown = [k for k in settings if k not in known]
+    # Settings that a recipe hands on to its steps are checked there.
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = [k for k in settings if k not in known and not open_ended]
     if unknown:
         raise JaxqError(f"recipe {name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     return NAMED[name](**settings)

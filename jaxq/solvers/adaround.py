@@ -94,6 +94,11 @@ def rounding_penalty(
     return jnp.where(share < warmup, 0.0, weight * total)
 
 
+def gates_penalty(trained: dict[str, Any], share: Any) -> Float[Array, ""]:
+    """`rounding_penalty` of the group "rounding" of what `jaxq.solvers.reconstruct` trains."""
+    return rounding_penalty(trained["rounding"], share)
+
+
 def annealed(share: Any, warmup: float = 0.2, first: float = 20.0, last: float = 2.0) -> Float[Array, ""]:
     """beta after a share of the iterations: `first` until `warmup`, then linear down to `last`."""
     progress = jnp.clip((share - warmup) / (1.0 - warmup), 0.0, 1.0)

@@ -82,7 +82,7 @@ class Trained(NamedTuple):
     errors: list[float]
 
 
-#: Below it an error counts as none: it is not divided by, so that a block without one stays as it is.
+#: Below it an error counts as none, and its derivative as 0: Adam would make large steps of rounding noise.
 NO_ERROR = 1e-12
 
 
@@ -181,7 +181,7 @@ def _steps(
         total = found
         if settings.scale is not None:
             reference = jnp.where(step == 0, jax.lax.stop_gradient(found), first)
-            total = settings.scale * found / jnp.where(reference > NO_ERROR, reference, 1.0)
+            total = settings.scale * found / jnp.where(reference > NO_ERROR, reference, jnp.inf)
         if penalty is not None:
             total = total + penalty(trained, (step + 1) / settings.iterations)
         return total, found
