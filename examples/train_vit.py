@@ -13,7 +13,9 @@ which its windows of 7 tile. Nothing is resized, and a grid is padded only where
 A transformer must learn from data what a convolution knows, that neighbours belong together, and 60000 images are
 few for millions of weights: trained plainly, it soon knows them by heart and gets no better at others. So the
 recipe is DeiT's (Touvron et al. 2021), shortened, in the spirit of Hassani et al. 2021 (Escaping the Big Data
-Paradigm with Compact Transformers). It has only been run as a toy so far:
+Paradigm with Compact Transformers). On an H100 shared with other work: DeiT-Tiny 94.15 % after 287 s of training;
+DeiT-Small 90.33 % with a rate of 1e-3 and 50 epochs, 92.48 % with 5e-4 and 40 (131 s); Swin-Tiny 91.42 % with
+1e-3. The rates and lengths of the larger two below are a next attempt, not measured yet.
 
 - Variety. Every image is shifted and maybe mirrored. Half of them are mixed with another one, by CutMix or mixup.
   From a quarter a box is erased (Zhong et al. 2017). The last epochs, when steps are small, do not mix: the
@@ -91,8 +93,8 @@ class Settings:
 
 SETTINGS = {
     "deit_tiny": Settings("deit_tiny", patch=4, epochs=80, drop=0.05),
-    "deit_small": Settings("deit_small", patch=4, epochs=50, drop=0.1),
-    "swin_tiny": Settings("swin_tiny", patch=2, epochs=60, drop=0.1),
+    "deit_small": Settings("deit_small", patch=4, epochs=80, drop=0.1, rate=5e-4),
+    "swin_tiny": Settings("swin_tiny", patch=2, epochs=60, drop=0.1, rate=5e-4),
 }
 TOY: dict[str, Any] = dict(smoke=True, epochs=8, batch=50, rate=3e-3, warmup=1.0, drop=0.05, mixed=0.2)
 

@@ -157,7 +157,6 @@ class Probes:
         return call.finish([walk.plain(o) for o in outs]), rules
 
 
-@functools.lru_cache(maxsize=64)
 def _stored(x: Any) -> Any:
     """The value kept until the way back: on the host, unless it is spread over devices."""
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) > 1:

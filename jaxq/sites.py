@@ -12,6 +12,7 @@ import jax
 from jaxq import tracing
 from jaxq.formats.base import Layout, is_quantized
 from jaxq.interpreter import Rules, Walk
+from jaxq.names import split
 from jaxq.tracked import Leaf, Records
 from jaxq.uses import Kind, Use
 from jaxq.views import View
@@ -127,7 +128,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> lis
 
     Args:
         fn: `fn(params, *args, **kwargs)`, pure.
-        params: pytree of arrays, `jax.ShapeDtypeStruct`, weights not yet read, or quantized arrays.
+        params: pytree of arrays, `jax.ShapeDtypeStruct`, weights not yet read, or quantized arrays. Quantizers of
+            activations (`jaxq.Activated`) are left out.
         args: example arguments; shapes are enough.
 
     Returns:
@@ -135,7 +137,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> lis
         that `jax.ad_checkpoint.checkpoint_name` named, and leaves with two or more axes that reach no site
         (kind "dense"). `Site.note` says why a leaf runs dense.
     """
-    call = tracing.trace(fn, (params, *args), kwargs)
+    call = tracing.trace(fn, (split(params)[0], *args), kwargs)
     abstract = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in zip(call.paths, call.values, strict=True)}
     rules = SiteRules(abstract)
 

@@ -151,15 +151,15 @@ def test_an_image_model_at_eight_bits_is_itself(key):
     assert np.abs(worse - want).max() > 3 * np.abs(got - want).max()
 
 
-def test_what_belongs_to_weights_is_saved_and_names_are_not_lost_in_silence(params, batches, tmp_path):
+def test_both_kinds_are_saved(params, batches, tmp_path):
     result = calibrate(model, params, batches, RULES)
-    with pytest.raises(JaxqError, match="cannot be saved yet"):
-        jaxq.save(tmp_path / "out", jaxq.Result(result, jaxq.Report()))
-    assert not (tmp_path / "out").exists()
-    jaxq.save(tmp_path / "out", jaxq.Result(result.params, jaxq.Report()))
+    jaxq.save(tmp_path / "out", jaxq.Result(result, jaxq.Report()))
     again = jaxq.load(tmp_path / "out").params
-    want = jaxq.quantized(model)(result.params, batches[0])
+    want = jaxq.quantized(model)(result, batches[0])
     np.testing.assert_array_equal(jaxq.quantized(model)(again, batches[0]), want)
+    assert [site.path for site in jaxq.sites(model, again, batches[0])] == [
+        site.path for site in jaxq.sites(model, params, batches[0])
+    ]
 
 
 def test_bad_input_is_refused_by_name(params, batches):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def _compare(directory: Path, wanted: Mapping[Key, Described], stored: Mapping[K
     for name in sorted({*known, *stored}):
         expected, found = known.get(name, (None, None))[1], stored.get(name)
         if expected != found:
-            path = "/".join(known[name][0] if name in known else name).rstrip("/")
+            path = "/".join(known[name][0] if name in known else map(_part, name)).rstrip("/")
             raise JaxqError(f"{directory}: {path} should be {_words(expected)} but is {_words(found)}")
 
 
@@ -125,6 +125,10 @@ def _at(tree: Any, key: Key) -> Any:
 def _name(part: str) -> str:
     # Orbax joins names with dots and takes an empty dict as a leaf: dots and empty names are encoded.
     return quote(part, safe=" ~!$&'()*+,;=@_-").replace(".", "%2E") or "%"
+
+
+def _part(name: str) -> str:
+    return "" if name == "%" else unquote(name)
 
 
 def _words(described: Described | None) -> str:

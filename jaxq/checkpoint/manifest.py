@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import formats
+from jaxq.checkpoint import quantizers
 from jaxq.checkpoint.directory import MANIFEST
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray, is_quantized
 
-SCHEMA = 1
+#: The newest schema. Schema 2 has rounded activations, and settings of quantizers that no grid describes; a
+#: directory without them is written as schema 1, which older releases read.
+SCHEMA = 2
+
+Arrays = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,19 @@ class Entry:
         of the quantized array, such as "codes", "scale".
       format, layout, matrix_shape: of a quantized leaf, None for a plain one.
       crc32: checksum over this description and the bytes of the arrays.
+      quantizer: settings of the quantizer of a `RoundedInput` that its grid does not describe, such as
+        `fractional`; None for a plain one, and then not written.
     """
 
     key: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    arrays: dict[str, tuple[tuple[int, ...], str]]
+    arrays: Arrays
     format: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
     matrix_shape: tuple[int, ...] | None = None
     crc32: str = ""
+    quantizer: dict[str, Any] | None = None
 
     @property
     def path(self) -> str:
@@ -52,7 +60,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Stored bytes: codes, scales and all."""
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
+        return stored_bytes(self.arrays)
 
     @property
     def bits_per_weight(self) -> float:
@@ -61,27 +69,26 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return asdict(self) | {
-            "arrays": {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in self.arrays.items()}
-        }
+        data = asdict(self) | {"arrays": arrays_to_dict(self.arrays)}
+        if self.quantizer is None:
+            # The checksums of schema 1 know no such key.
+            del data["quantizer"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Entry:
         """Read what to_dict wrote; raises KeyError, TypeError or ValueError for anything else."""
-        arrays = {
-            str(name): (tuple(int(n) for n in item["shape"]), str(np.dtype(item["dtype"])))
-            for name, item in data["arrays"].items()
-        }
         matrix = data["matrix_shape"]
         return cls(
             key=tuple(str(part) for part in data["key"]),
             shape=tuple(int(n) for n in data["shape"]),
             dtype=str(np.dtype(data["dtype"])),
-            arrays=arrays,
+            arrays=arrays_from_dict(data["arrays"]),
             format=data["format"],
             layout=data["layout"],
             matrix_shape=None if matrix is None else tuple(int(n) for n in matrix),
             crc32=str(data["crc32"]),
+            quantizer=data.get("quantizer"),
         )
 
     def abstract(self) -> Any:
@@ -95,7 +102,10 @@ class Entry:
         try:
             layout = Layout(**{name: tuple(value) for name, value in (self.layout or {}).items()})
             form = formats.from_dict(self.format)
-            leaf = form.abstract(self.matrix_shape or (), np.dtype(self.dtype), layout)
+            leaf: Any = form.abstract(self.matrix_shape or (), np.dtype(self.dtype), layout)
+            if self.quantizer is not None:
+                data = quantizers.to_dict(leaf.quantizer) | self.quantizer
+                leaf = replace(leaf, quantizer=quantizers.from_dict(data, children(leaf.quantizer)))
             shape = tuple(leaf.shape)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise JaxqError(f"{self.path}: its format in {MANIFEST} cannot be read: {error}") from error
@@ -113,11 +123,7 @@ class Entry:
 
     def checksum(self, arrays: Mapping[str, Any]) -> str:
         """Return the CRC-32 (hexadecimal) over the description, less the checksum, and the arrays' bytes."""
-        known = self.to_dict() | {"crc32": ""}
-        value = zlib.crc32(json.dumps(known, sort_keys=True).encode())
-        for name in sorted(arrays):
-            value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1).data, value)
-        return f"{value:08x}"
+        return checksum(self.to_dict() | {"crc32": ""}, arrays)
 
 
 def entries(params: Any) -> list[tuple[Entry, dict[str, Any]]]:
@@ -142,7 +148,7 @@ def entries(params: Any) -> list[tuple[Entry, dict[str, Any]]]:
     return list(found.values())
 
 
-def described(leaf: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+def described(leaf: Any) -> Arrays:
     """Return name -> (shape, dtype) of the arrays of a quantized array (or of its abstract form)."""
     return {name: (tuple(array.shape), str(np.dtype(array.dtype))) for name, array in children(leaf).items()}
 
@@ -151,6 +157,40 @@ def children(leaf: Any) -> dict[str, Any]:
     """Return name -> array of a quantized array; nested ones are named "base/codes"."""
     flat = jax.tree_util.tree_flatten_with_path(leaf)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in flat}
+
+
+def numbers(name: str, leaf: Any) -> Any:
+    """Return a leaf as an array; JaxqError unless it is one of numbers."""
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if array.dtype == object or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise JaxqError(f"{name} is not an array of numbers but {type(leaf).__name__}: leave it out")
+    return array
+
+
+def stored_bytes(arrays: Arrays) -> int:
+    """Return the bytes of described arrays."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
+
+
+def arrays_to_dict(arrays: Arrays) -> dict[str, Any]:
+    """Return plain JSON data."""
+    return {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in arrays.items()}
+
+
+def arrays_from_dict(data: Mapping[str, Any]) -> Arrays:
+    """Read what arrays_to_dict wrote; KeyError, TypeError, ValueError or AttributeError for anything else."""
+    return {
+        str(name): (tuple(int(n) for n in item["shape"]), str(np.dtype(item["dtype"])))
+        for name, item in data.items()
+    }
+
+
+def checksum(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
+    """Return the CRC-32 (hexadecimal) over JSON data and the bytes of arrays."""
+    value = zlib.crc32(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1).data, value)
+    return f"{value:08x}"
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,15 +244,24 @@ def _entry(key: tuple[str, ...], leaf: Any) -> tuple[Entry, dict[str, Any]]:
             layout=asdict(leaf.layout),
             matrix_shape=(*leaf.batch_shape, *leaf.matrix_shape),
         )
+        if leaf.rounds_input and jax.tree.structure(entry.abstract()) != jax.tree.structure(leaf):
+            entry = replace(entry, quantizer=_beyond_the_grid(path, leaf))
         if jax.tree.structure(entry.abstract()) != jax.tree.structure(leaf):
             raise JaxqError(f"{path}: its format does not describe it, so that it could not be read back")
     else:
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        if array.dtype == object or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-            raise JaxqError(f"{path} is not an array of numbers but {type(leaf).__name__}: leave it out")
+        array = numbers(path, leaf)
         arrays = {"": array}
         entry = Entry(key, tuple(array.shape), str(array.dtype), {"": (tuple(array.shape), str(array.dtype))})
     return entry, arrays
+
+
+def _beyond_the_grid(path: str, leaf: Any) -> dict[str, Any]:
+    """Settings of the quantizer of a `RoundedInput` that its grid has no word for."""
+    try:
+        own = quantizers.to_dict(leaf.quantizer)
+    except JaxqError as error:
+        raise JaxqError(f"{path}: {error}") from error
+    return {key: value for key, value in own.items() if key not in leaf.format.grid.to_dict()}
 
 
 def _words(name: str, array: tuple[Sequence[int], str] | None) -> str:

@@ -22,9 +22,10 @@ def is_saved(path: str | os.PathLike[str]) -> bool:
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[Any, Result]:
-    """Return (model, result) of a saved Model or VisionModel; `model.params` are the quantized parameters.
+    """Return (model, result) of a saved Model or VisionModel; `model.params` are `result.params`.
 
-    Run it with `jaxq.quantized(model.apply)`.
+    They are the quantized parameters, in a `jaxq.Activated` where named activations are rounded. Run the model
+    with `jaxq.quantized(model.apply)`.
 
     Raises:
       JaxqError: what `load` refuses, or a directory without a readable config.json.

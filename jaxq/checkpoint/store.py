@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from jaxq.checkpoint import arrays as disk
+from jaxq.checkpoint.activations import ACTIVATIONS, ActivationEntry, activation_entries, read_activations
 from jaxq.checkpoint.directory import MANIFEST, failure, whole
 from jaxq.checkpoint.manifest import SCHEMA, Entry, children, entries, read_entries, read_manifest
 from jaxq.errors import JaxqError
 from jaxq.formats.base import is_quantized
-from jaxq.names import Activated
+from jaxq.names import Activated, split
 from jaxq.report import Report
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ def save(
 
     The directory holds `params/` (Orbax), `jaxq.json` (the manifest: format, shape, dtype and checksum of
     every path; recipe, report, source, float baseline), and, where given, `config.json` and the tokenizer's
-    files. It is written beside `path`, flushed and then renamed, so that a crash or a full disk leaves what
-    was there.
+    files. The arrays of quantizers of named activations are in `activations/` (Orbax), and a section of the
+    manifest describes them. The directory is written beside `path`, flushed and then renamed, so that a crash or
+    a full disk leaves what was there.
 
     Args:
       path: the directory to create.
-      result: what `jaxq.quantize` returned: `.params`, any pytree of arrays and quantized arrays, and
-        `.report`.
+      result: what `jaxq.quantize` returned: `.params`, any pytree of arrays and quantized arrays or a
+        `jaxq.Activated` of one, and `.report`.
       config: the model's configuration: JSON data or a dataclass.
       tokenizer: an object with `save_pretrained(directory)`.
       source: fingerprint of the float model, JSON data.
@@ -60,22 +62,20 @@ def save(
       files: further text files, name -> content, such as "report.html".
 
     Raises:
-      JaxqError: `path` exists, the parameters are a `jaxq.Activated`, a leaf cannot be stored, or the file system
-        refuses; nothing is left behind.
+      JaxqError: `path` exists, a leaf or a quantizer cannot be stored, or the file system refuses; nothing is
+        left behind.
     """
-    if isinstance(result.params, Activated):
-        raise JaxqError(
-            "quantizers of named activations cannot be saved yet: save the .params of jaxq.Activated, which hold "
-            "those of the inputs of weights"
-        )
-    described = entries(result.params)
-    needed = sum(array.nbytes for _, found in described for array in found.values())
+    params, quantizers = split(result.params)
+    described = entries(params)
+    rounded = activation_entries(quantizers) if isinstance(result.params, Activated) else None
+    leaves = {(*entry.key, name): array for entry, found in described for name, array in found.items()}
+    numbers = {(entry.path, name): array for entry, found in rounded or () for name, array in found.items()}
+    needed = sum(array.nbytes for array in (*leaves.values(), *numbers.values()))
     with whole(path, overwrite, needed) as directory:
         try:
-            disk.write(
-                directory / PARAMS,
-                {(*entry.key, name): array for entry, found in described for name, array in found.items()},
-            )
+            disk.write(directory / PARAMS, leaves)
+            if numbers:
+                disk.write(directory / ACTIVATIONS, numbers)
         except Exception as error:  # Orbax wraps what the file system says in many kinds
             raise failure(path, error, needed) from error
         for name, content in (files or {}).items():
@@ -84,7 +84,7 @@ def save(
             _write_json(directory / "config.json", _json_data(config))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
-        _write_json(directory / MANIFEST, _manifest(result.report, described, source, baseline))
+        _write_json(directory / MANIFEST, _manifest(result.report, described, rounded, source, baseline))
 
 
 def load(
@@ -101,11 +101,12 @@ def load(
       like: a pytree of the same paths whose structure (lists, tuples, dataclasses) the parameters take; only
         its structure is used. None gives nested dicts with string keys.
       shardings: (path, logical shape and dtype) -> NamedSharding, or None for the default device. A sharding
-        of the logical leaf is carried over to codes and scales.
-      verify: compare each leaf's checksum.
+        of the logical leaf is carried over to codes and scales. Quantizers of named activations are copied to
+        all devices of the first one.
+      verify: compare the checksum of each leaf and each quantizer.
 
     Returns:
-      Result: parameters with the quantized leaves, and the report.
+      Result: parameters with the quantized leaves, in a `jaxq.Activated` if such was saved, and the report.
 
     Raises:
       JaxqError: not a jaxq directory, a newer schema, or arrays that differ from the manifest: one line that
@@ -113,27 +114,35 @@ def load(
     """
     from jaxq.quantize import Result
 
-    manifest = read_manifest(path)
-    found = read_entries(manifest)
+    manifest, directory = read_manifest(path), Path(path).expanduser()
+    found, rounded = read_entries(manifest), read_activations(manifest)
+    if rounded is None and (directory / ACTIVATIONS).exists():
+        raise JaxqError(f"{path} is damaged: it has {ACTIVATIONS}, of which {MANIFEST} says nothing")
     report = Report.from_dict(manifest.get("report") or {})
-    leaves = read_leaves(Path(path).expanduser() / PARAMS, found, shardings, verify)
-    return Result(params=_restructured(found, leaves, like), report=report)
+    placed: dict[disk.Key, jax.sharding.NamedSharding] = {}
+    if shardings is not None:
+        for entry in found:
+            placed |= _placed(entry, shardings)
+    leaves = read_leaves(directory / PARAMS, found, placed, verify)
+    params = _restructured(found, leaves, split(like)[0])
+    if rounded is not None:
+        everywhere = next((jax.NamedSharding(sharding.mesh, jax.P()) for sharding in placed.values()), None)
+        params = Activated(params, read_quantizers(directory / ACTIVATIONS, rounded, everywhere, verify))
+    return Result(params=params, report=report)
 
 
-def read_leaves(directory: Path, found: list[Entry], shardings: ChooseSharding | None, verify: bool) -> list[Any]:
+def read_leaves(
+    directory: Path, found: list[Entry], placed: Mapping[disk.Key, jax.sharding.Sharding], verify: bool
+) -> list[Any]:
     """Return the leaves that the entries describe, in their order. JaxqError for every mismatch."""
     abstract = [entry.abstract() for entry in found]
     wanted = {(*entry.key, name): array for entry in found for name, array in entry.arrays.items()}
-    placed: dict[tuple[str, ...], jax.sharding.Sharding] = {}
-    for entry, leaf in zip(found, abstract, strict=True):
-        placed |= _placed(entry, leaf, shardings)
     stored = disk.read(directory, wanted, placed)
     leaves = []
     for entry, leaf in zip(found, abstract, strict=True):
         parts = {name: stored.pop((*entry.key, name)) for name in entry.arrays}
-        if verify and all(getattr(part, "is_fully_addressable", True) for part in parts.values()):
-            if entry.checksum(parts) != entry.crc32:
-                raise JaxqError(f"{directory}: {entry.path} is damaged: its checksum differs from {MANIFEST}")
+        if verify:
+            _check(directory, entry, parts)
         if entry.format is None:
             leaves.append(parts[""])
         else:
@@ -142,16 +151,36 @@ def read_leaves(directory: Path, found: list[Entry], shardings: ChooseSharding |
     return leaves
 
 
-def _placed(
-    entry: Entry, leaf: Any, shardings: ChooseSharding | None
-) -> dict[tuple[str, ...], jax.sharding.Sharding]:
-    logical = jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype))
-    sharding = shardings(entry.path, logical) if shardings else None
+def read_quantizers(
+    directory: Path, rounded: list[ActivationEntry], sharding: jax.sharding.Sharding | None, verify: bool
+) -> dict[str, Any]:
+    """Return the quantizers that the entries describe, {path: quantizer}. JaxqError for every mismatch."""
+    wanted = {(entry.path, name): array for entry in rounded for name, array in entry.arrays.items()}
+    placed = {} if sharding is None else dict.fromkeys(wanted, sharding)
+    stored = disk.read(directory, wanted, placed) if wanted else {}
+    quantizers = {}
+    for entry in rounded:
+        parts = {name: stored.pop((entry.path, name)) for name in entry.arrays}
+        if verify:
+            _check(directory, entry, parts)
+        quantizers[entry.path] = entry.build(parts)
+    return quantizers
+
+
+def _check(directory: Path, entry: Entry | ActivationEntry, parts: Mapping[str, Any]) -> None:
+    """JaxqError where the bytes differ from the entry's checksum; arrays of several hosts are not compared."""
+    if all(getattr(part, "is_fully_addressable", True) for part in parts.values()):
+        if entry.checksum(parts) != entry.crc32:
+            raise JaxqError(f"{directory}: {entry.path} is damaged: its checksum differs from {MANIFEST}")
+
+
+def _placed(entry: Entry, shardings: ChooseSharding) -> dict[disk.Key, jax.sharding.NamedSharding]:
+    sharding = shardings(entry.path, jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype)))
     if sharding is None:
         return {}
     if entry.format is None:
         return {(*entry.key, ""): sharding}
-    specs = children(leaf.partition_specs(sharding.spec, sharding.mesh))
+    specs = children(entry.abstract().partition_specs(sharding.spec, sharding.mesh))
     return {(*entry.key, name): jax.sharding.NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
 
 
@@ -177,21 +206,28 @@ def _restructured(found: list[Entry], leaves: list[Any], like: Any) -> Any:
 def _manifest(
     report: Report | None,
     described: list[tuple[Entry, dict[str, Any]]],
+    rounded: list[tuple[ActivationEntry, dict[str, Any]]] | None,
     source: Mapping[str, Any] | None,
     baseline: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     known = (report or Report()).to_dict()
+    newer = rounded is not None or any(entry.quantizer is not None for entry, _ in described)
+    section = {} if rounded is None else {ACTIVATIONS: _summed(rounded)}
     return {
-        "schema": SCHEMA,
+        "schema": SCHEMA if newer else 1,
         "jaxq": metadata.version("jaxq"),
         "source": dict(source or {}),
         "baseline": dict(baseline) if baseline is not None else known["baseline"],
         "recipe": known["recipe"],
-        "params": {
-            entry.path: replace(entry, crc32=entry.checksum(found)).to_dict() for entry, found in described
-        },
+        "params": _summed(described),
+        **section,
         "report": known,
     }
+
+
+def _summed(described: Sequence[tuple[Entry | ActivationEntry, dict[str, Any]]]) -> dict[str, Any]:
+    """{path: description with its checksum}."""
+    return {entry.path: replace(entry, crc32=entry.checksum(found)).to_dict() for entry, found in described}
 
 
 def _json_data(config: Any) -> Any:

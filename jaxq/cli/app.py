@@ -53,8 +53,8 @@ app = typer.Typer(
     cls=Commands,
     name="jaxq",
     help="Post-training quantization of language and image models in JAX.",
-    epilog="MODEL is a Hugging Face or timm directory, a .gguf file, or the name of a demo model (smollm2-135m). "
-    "OUT is a directory that [bold]jaxq quantize[/bold] wrote.",
+    epilog="MODEL is a Hugging Face or timm directory, a .gguf file, or the name of a demo model (smollm2-135m, "
+    "vit-fashion). OUT is a directory that [bold]jaxq quantize[/bold] wrote.",
     rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -97,6 +97,7 @@ for _command, _name, _lines in (
             "jaxq quantize ./llama out --recipe rtn --bits 4 --dry-run",
             "jaxq quantize ./llama out --recipe mine.toml --calibration notes.txt --overwrite",
             "jaxq quantize ./vit out --recipe gptq --bits 4 --calibration fashion-mnist --samples 128 --batch 32",
+            "jaxq quantize vit-fashion out --recipe aphq-vit --weights 3 --activations 3 --set iterations=1000",
         ),
     ),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -211,31 +212,39 @@ def inspect(
 ) -> None:
     """Show what OUT holds, from its manifest."""
     from jaxq import checkpoint
+    from jaxq.checkpoint.activations import read_activations
     from jaxq.checkpoint.manifest import read_entries
 
     manifest = checkpoint.read_manifest(out)
-    entries = read_entries(manifest)
+    entries, rounded = read_entries(manifest), read_activations(manifest) or []
     if verify:
         with console.doing(f"reading {out}"):
             checkpoint.load(out)
     report = Report.from_dict(manifest.get("report") or {})
-    stored = sum(entry.nbytes for entry in entries)
+    stored, numbers = (sum(entry.nbytes for entry in part) for part in (entries, rounded))
     if as_json:
         params = [
             {"path": entry.path, "shape": list(entry.shape), "dtype": entry.dtype, "format": entry.format,
              "bytes": entry.nbytes, "bits_per_weight": entry.bits_per_weight}
             for entry in entries
         ]  # fmt: skip
+        activations = [
+            {"path": entry.path, "grid": entry.quantizer, "bits": entry.bits, "bytes": entry.nbytes}
+            for entry in rounded
+        ]
         known = {name: manifest.get(name) for name in ("schema", "jaxq", "source", "baseline", "recipe")}
-        totals = {"bits_per_weight": report.bits_per_weight, "bytes": stored, "verified": verify}
-        console.print_json({"path": out, **known, **totals, "params": params})
+        totals = {"bits_per_weight": report.bits_per_weight, "bytes": stored + numbers, "verified": verify}
+        console.print_json({"path": out, **known, **totals, "params": params, "activations": activations})
         return
     screen = console.out()
     report.table(screen)
     source = ", ".join(f"{key} {value}" for key, value in (manifest.get("source") or {}).items())
     origin = f"schema {manifest['schema']}, written by jaxq {manifest.get('jaxq', '?')}"
+    grids = Counter(entry.grid for entry in rounded)
+    listed = ", ".join(f"{count} to {grid}" for grid, count in grids.items())
     for line in (
         f"{len(entries)} parameters in {size(stored)}, {origin}",
+        f"{len(rounded)} named activations rounded: {listed}; their grids take {size(numbers)}" if rounded else "",
         f"source: {source or 'unknown'}",
         "every array matches its checksum" if verify else "",
     ):

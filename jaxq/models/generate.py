@@ -125,6 +125,11 @@ def sample(
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+def _embedding(params: Any) -> Any:
+    """The embedding, of parameters that may stand beside quantizers of activations (`jaxq.Activated`)."""
+    return getattr(params, "params", params)["embed"]["embedding"]
+
+
 @functools.lru_cache(maxsize=16)
 def _generator(
     decode: Callable[..., Any],
@@ -150,7 +155,7 @@ def _generator(
         def is_end(token: Array) -> Array:
             return jnp.any(token[:, None] == rules.ends, axis=1)
 
-        cache = init_cache(batch, width + steps, params["embed"]["embedding"].dtype)
+        cache = init_cache(batch, width + steps, _embedding(params).dtype)
         logits, cache = decode(params, tokens, cache, jnp.zeros_like(lengths), lengths - 1)
         token = choose(logits, key, jnp.int32(0), rules.temperature)
         out = jnp.full((batch, steps), rules.pad).at[:, 0].set(token)

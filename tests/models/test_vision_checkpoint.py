@@ -440,6 +440,36 @@ def test_demo_names_and_errors(tmp_path):
         models.load("dinov3")
 
 
+def test_the_demo_of_the_repository(tmp_path, monkeypatch):
+    assert vision_demo.FOLDER.parts[-2:] == ("demo", "vit-fashion")
+    assert (vision_demo.FOLDER.parents[1] / "jaxq" / "models" / "vision_demo.py").samefile(vision_demo.__file__)
+    monkeypatch.setattr(vision_demo, "FOLDER", tmp_path / "vit-fashion")
+    monkeypatch.chdir(tmp_path)
+    for load in (models.load, vision_demo.load):
+        with pytest.raises(JaxqError, match="clone the repository, or train it with examples/train_vit.py$"):
+            load("vit-fashion")
+    config = tiny("grey")
+    vision_checkpoint.save(build(config, random(config)), vision_demo.FOLDER, np.float16)
+    monkeypatch.chdir("/")
+    model = models.load("vit-fashion")
+    assert model.config == config and model.apply is build(config, {}).apply
+    assert model.source["kind"] == "demo" and model.source["name"] == "vit-fashion"
+    assert model.source["bytes"] == (vision_demo.FOLDER / "model.safetensors").stat().st_size
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32)),
+        model.params,
+        random(config),
+    )
+    lazy = models.load("vit-fashion", lazy=True, dtype="bfloat16")
+    assert {(type(leaf), leaf.dtype) for leaf in jax.tree.leaves(lazy.params)} == {
+        (models.Lazy, np.dtype(jnp.bfloat16))
+    }
+    assert vision_demo.load("vit-fashion", image_size=20).config.grid == 5
+    (vision_demo.FOLDER / "model.safetensors").unlink()
+    with pytest.raises(JaxqError, match="model.safetensors"):
+        models.load("vit-fashion")
+
+
 @pytest.mark.slow
 def test_dinov2_small_against_the_original():
     """Values of transformers' Dinov2Model on the same weights, see the notes on assets."""
