@@ -67,7 +67,7 @@ class Calibrate(Step):
 
     weights: the search for grids of weights, a grid for each output, or "none" to leave them: "minmax",
     "percentile" and "mse" (of the weight), or "output" (of the layer's output, together with its input's grid).
-    activations: whether those are fitted, each by the search that its rule names.
+    activations: whether those are fitted, each by the search that its rule names. only: a pattern of their paths.
     stream: whether the layers before are quantized already ("quantized") or not ("float").
     images: how many examples; batch: how many at a time.
     """
@@ -76,6 +76,7 @@ class Calibrate(Step):
 
     weights: str = "output"
     activations: bool = True
+    only: str = "**"
     stream: str = "float"
     images: int = 128
     batch: int = 32

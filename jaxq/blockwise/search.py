@@ -21,6 +21,7 @@ from jaxq.formats.grids import Affine
 from jaxq.formats.uniform import Uniform
 from jaxq.interpreter import Rules, Walk
 from jaxq.observe import merge_records, observed
+from jaxq.patterns import matches
 from jaxq.sites import Site
 from jaxq.solvers import ranges
 from jaxq.stages import Program, Stage
@@ -52,10 +53,10 @@ def _fitted(job: Job, work: Work, step: Calibrate, stage: Stage, carries: blocks
     inputs = {
         position: site
         for position, site in stage.program.sites.items()
-        if step.activations and site.kind == "matmul" and work.rule(stage.paths[position]) is not None
+        if site.kind == "matmul" and _fits(work, step, stage.paths[position])
     }
     pairs = zip(stage.program.names, stage.activations, strict=True)
-    named = {own: path for own, path in pairs if step.activations and work.rule(path) is not None}
+    named = {own: path for own, path in pairs if _fits(work, step, path)}
     needed = {*inputs, *(weights if step.weights == "output" else ())}
     own = leaves(job, work, stage, weights=False, activations=False)
     known = seen(stage, own, carries, tuple(str(p) for p in sorted(needed)) + tuple(named))
@@ -71,6 +72,11 @@ def _fitted(job: Job, work: Work, step: Calibrate, stage: Stage, carries: blocks
             found["weights"] |= {} if on_w is None else {path: on_w}
     found["named"] = _named(work, stage, known, named)
     return work.having(**found)
+
+
+def _fits(work: Work, step: Calibrate, path: str) -> bool:
+    """Whether the step fits a grid to this activation."""
+    return step.activations and matches(step.only, path) and work.rule(path) is not None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

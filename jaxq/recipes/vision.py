@@ -117,7 +117,7 @@ def _reconstructed(
     """Grids a channel behind norms, made one a tensor; grids by output error; rounding trained."""
     last = Reconstruct(loss=loss, iterations=iterations, **more)
     batch = min(last.batch, images)
-    behind = Calibrate("none", images=images, batch=batch)
+    behind = Calibrate("none", only=NORMED, images=images, batch=batch)
     by_output = Calibrate("output", images=images, batch=batch)
     steps = (*first, behind, Reparametrize(), by_output, last)
     return Recipe(name, _weights(weights), _activations(activations, "output"), steps)

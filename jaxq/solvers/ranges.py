@@ -172,11 +172,10 @@ def matmul(x: Array, w: Array) -> Array:
 
 def linear_output_error(
     x: Float[Array, "*tokens in"],
-    w: Float[Array, "*in out"],
+    w: Float[Array, "in out"],
     bits: int | None,
     weight_bits: int,
     *,
-    product: Product = matmul,
     rounds: int = 3,
     count: int = 128,
 ) -> tuple[AffineQuantizer | None, AffineQuantizer]:
@@ -188,18 +187,19 @@ def linear_output_error(
 
     Args:
         x: input of the layer.
-        w: the weight; the outputs are its last axis.
+        w: the weight.
         bits: of the input; None leaves it alone, and then the weight is searched once.
         weight_bits: of the weight.
-        product: how they meet; any bilinear function whose last axis is the outputs. It cannot change over calls.
         rounds: 0 for the grids of least error of the operands themselves.
         count: candidates of each search.
 
-    Returns (quantizer of x or None, quantizer of w with members `(out,)`).
+    Returns (quantizer of x or None, quantizer of w with members `(out,)`). Time: errors are quadratic in what a
+    candidate changes, so that one of the weight costs in^2 out and one of the input tokens in min(in, out).
     """
     for each in (bits, weight_bits):
         None if each is None else check_bits(each)
-    return _linear(_checked(x), _checked(w), bits, weight_bits, product, rounds, count)
+    x, w = _checked(x), _checked(w)
+    return _linear(x.reshape(-1, x.shape[-1]), w, bits, weight_bits, rounds, count)
 
 
 def product_output_error(
@@ -276,31 +276,48 @@ def _shift_log(
     return choose(ShiftLogQuantizer(eta, shifted_log(low, eta), shifted_log(high, eta), bits), error)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _linear(
-    x: Array, w: Array, bits: int | None, weight_bits: int, product: Product, rounds: int, count: int
+    x: Array, w: Array, bits: int | None, weight_bits: int, rounds: int, count: int
 ) -> tuple[AffineQuantizer | None, AffineQuantizer]:
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    exact = product(x, w)
-    outputs = tuple(range(exact.ndim - 1))
-    w_rows, w_grid = _rows(w, tuple(range(w.ndim - 1)))
+    w_rows, w_grid = _rows(w, (0,))
     w_candidates = _scales_and_zeros(w_rows, weight_bits, _zeros(weight_bits, None), count, WEIGHT_FLOOR)
     for_w = _least_error(w_rows, w_candidates, w_grid)
 
     def by_w(x_hat: Array) -> AffineQuantizer:
-        return choose(w_candidates, lambda q: jnp.mean(jnp.square(exact - product(x_hat, q(w))), axis=outputs))
+        # |x_hat (w + d) - x w|^2 for a change d of the weight, but for what d does not change.
+        gram, cross = matmul(x_hat.T, x_hat), matmul(x_hat.T, matmul(x_hat - x, w))
+
+        def error(q: AffineQuantizer) -> Array:
+            d = q(w) - w
+            return jnp.sum(d * (matmul(gram, d) + 2 * cross), axis=0)
+
+        return choose(w_candidates, error)
 
     if bits is None:
         return None, by_w(x) if rounds else for_w
-    x_rows, _ = _rows(x, tuple(range(x.ndim)))
+    x_rows, _ = _rows(x, (0, 1))
     x_candidates = _scales_and_zeros(x_rows, bits, _zeros(bits, None), count, ACTIVATION_FLOOR)
     x_candidates = jax.tree.map(lambda leaf: leaf[:, 0], x_candidates)
     for_x = choose(x_candidates, lambda q: jnp.mean(jnp.square(q(x) - x)))
 
+    def by_x(w_hat: Array) -> AffineQuantizer:
+        # |(x + d) w_hat - x w|^2 for a change d of the input.
+        missed = matmul(x, w_hat - w)
+        if w.shape[1] <= w.shape[0]:
+            return choose(x_candidates, lambda q: jnp.sum(jnp.square(matmul(q(x) - x, w_hat) + missed)))
+        gram, cross = matmul(w_hat, w_hat.T), matmul(missed, w_hat.T)
+
+        def error(q: AffineQuantizer) -> Array:
+            d = q(x) - x
+            return jnp.sum(d * (matmul(d, gram) + 2 * cross))
+
+        return choose(x_candidates, error)
+
     def both(_: Any, found: tuple[AffineQuantizer, AffineQuantizer]) -> tuple[AffineQuantizer, AffineQuantizer]:
         for_w = by_w(found[0](x))
-        w_hat = for_w(w)
-        return choose(x_candidates, lambda q: jnp.mean(jnp.square(exact - product(q(x), w_hat)))), for_w
+        return by_x(for_w(w)), for_w
 
     return jax.lax.fori_loop(0, rounds, both, (for_x, for_w))
 

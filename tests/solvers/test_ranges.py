@@ -265,7 +265,7 @@ def test_linear_output_error_is_coordinate_descent():
     assert (np.diff(errors) <= 1e-6 * errors[0]).all() and errors[-1] < 0.95 * errors[0]
 
 
-def test_linear_with_another_product_and_without_activations():
+def test_linear_without_activations_and_with_more_axes():
     x, w = linear_problem()
     _, plain = linear_output_error(x, w, None, 3, count=32)
     qx, _ = linear_output_error(x, w, None, 3, count=32)
@@ -278,17 +278,22 @@ def test_linear_with_another_product_and_without_activations():
             for s, z in grid_candidates(w[:, o], 3, range(8), 4, floor=1e-8)
         ]
         assert found <= min(others) * CLOSE
-    # The same layer as a convolution of one pixel.
-    images, kernel = x.reshape(4, 5, 3, 8), w.reshape(1, 1, 8, 5)
-    both = linear_output_error(images, kernel, 3, 3, product=pixelwise, count=32)
+    both = linear_output_error(x.reshape(4, 5, 3, 8), w, 3, 3, count=32)
     expected = linear_output_error(x, w, 3, 3, count=32)
     for got, want in zip(jax.tree.leaves(both), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6)
+        np.testing.assert_array_equal(got, want)
 
 
-def pixelwise(x, w):
-    return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                                        precision="highest")  # fmt: skip
+def test_linear_layers_that_widen():
+    """Errors by way of the weights' products, where there are more outputs than inputs: against all candidates."""
+    x, _ = linear_problem()
+    w = heavy(31, 8, 11)
+    exact = x.astype(np.float64) @ w
+    qx, qw = linear_output_error(x, w, 3, 3, rounds=1, count=32)
+    assert qx is not None
+    w_hat = np.stack([quantize(w[:, o], qw.scale[o], qw.zero[o], 3) for o in range(11)], axis=1)
+    others = [error(exact, quantize(x, s, z, 3) @ w_hat) for s, z in grid_candidates(x, 3, range(8), 4)]
+    assert error(exact, quantize(x, qx.scale, qx.zero, 3) @ w_hat) <= min(others) * CLOSE
 
 
 def heads():
