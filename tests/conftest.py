@@ -5,6 +5,8 @@ The threads of OpenBLAS spin against those of XLA and of the other test process;
 
 import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,3 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+#: Memory mappings, of the 65530 that Linux allows a process. Each compiled program takes some; when there are no
+#: more, the compiler aborts.
+MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """After a file of tests, forgets what was compiled if it has become much."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
