@@ -138,11 +138,13 @@ def seconds(n: int, out: int, entries: int, backend: str) -> float:
 
 
 def _chunk(n: int, out: int, entries: int, exact: bool, backend: str) -> int:
-    """How many channels at a time: a multiple of the vector width, equal parts."""
+    """How many channels at a time: a multiple of the vector width, few of them beyond the last channel."""
     each = bytes_for(n, entries) if exact else 64 * n
     most = max(MEMORY.get(backend, MEMORY["cpu"]) // each, 32)
-    chunks = math.ceil(out / most)
-    return out if chunks == 1 else min(out, 16 * math.ceil(out / chunks / 16))
+    if out <= most:
+        return out
+    widths = range(16 * math.ceil(most / 32), most + 1, 16)
+    return min(widths, key=lambda width: (math.ceil(out / width) * width, -width))
 
 
 def _fitting(importance: Array, w: Array, matrix: Array, layout: Layout | None) -> Array:

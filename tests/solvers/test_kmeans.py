@@ -84,9 +84,9 @@ def test_equals_dynamic_programming_in_float64(n, entries, decades):
         assert cost_of(w[:, c], f[:, c], found[:, c]) == pytest.approx(best, rel=1e-5, abs=1e-12)
 
 
-@pytest.mark.parametrize("size", [2, 7, 60])
-def test_any_block_size_gives_the_optimum(monkeypatch, size):
-    monkeypatch.setattr(segments, "block_size", lambda n: size)
+@pytest.mark.parametrize("sizes", [(60, 1, 1), (7, 1, 9), (1, 4, 15), (3, 7, 3)])
+def test_blocks_and_groups_of_any_size_give_the_optimum(monkeypatch, sizes):
+    monkeypatch.setattr(segments, "sizes", lambda n: segments.Sizes(*sizes))
     w, f = problem(3, 60, 3, 6)
     order = np.argsort(w, axis=0)
     x, f = np.take_along_axis(w, order, 0), np.take_along_axis(f, order, 0)
@@ -96,6 +96,19 @@ def test_any_block_size_gives_the_optimum(monkeypatch, size):
         means = [np.average(x[a:b, c], weights=f[a:b, c]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
         best = dynamic_programming(x[:, c], f[:, c], 5)
         assert cost_of(x[:, c], f[:, c], means) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "most"), [(60, 32), (576, 84), (1536, 71), (4096, 95), (14336, 134)])
+def test_segment_costs_are_few_and_as_many_as_evaluations_says(monkeypatch, n, most):
+    counted, fold = [], segments._fold
+
+    def counting(combine, start, count, term):
+        counted.append(count * start.size)
+        return fold(combine, start, count, term)
+
+    monkeypatch.setattr(segments, "_fold", counting)
+    jax.eval_shape(lambda x: segments.best_cuts(x, x, 8), jax.ShapeDtypeStruct((n, 1), jnp.float32))
+    assert 6 * sum(counted) == segments.evaluations(n, 8) <= 6 * most * n
 
 
 def test_one_heavy_weight_does_not_hide_the_others():
