@@ -44,12 +44,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "least squares": ("qdrop", {"loss": "least_squares"}),
     "global": ("qdrop", {"loss": "global"}),
     "global + mr": ("aphq-vit", {"loss": "global"}),
-    "aph + rotation": ("jaxq-vit", {"relu": False, "rotate": True}),
+    "aph + rotation": ("jaxq-vit", {"relu": False, "rotate": True, "whole_iterations": 0}),
     "i&s, log": ("ias-vit", {"softmax": "log"}),
     "i&s, uniform": ("ias-vit", {"softmax": "uniform"}),
     "i&s, nothing trained": ("ias-vit", {"stages": 0}),
     "i&s, last stage": ("ias-vit", {"stages": 2}),
     "i&s": ("ias-vit", {}),
+    "mse, then together": ("jaxq-vit", {"relu": False, "loss": "mse"}),
+    "aph, then together": ("jaxq-vit", {"relu": False}),
     "jaxq-vit": ("jaxq-vit", {}),
 }
 

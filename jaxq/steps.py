@@ -129,6 +129,7 @@ class Reconstruct(Step):
     iterations, batch, rate: of training; scale_rate: of the scales of activations, 0 to leave them.
     mixed: probability with which an element of a block's input is of the quantized stream, else of the float one.
     drop: probability with which an element of an activation is quantized.
+    whole: the function is one block, so that its last output is what counts.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -144,6 +145,7 @@ class Reconstruct(Step):
     scale_rate: float = 4e-5
     mixed: float = 0.5
     drop: float = 0.5
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self.require("train", TRAINED)
@@ -151,6 +153,8 @@ class Reconstruct(Step):
         self.positive("iterations", "batch", "rank")
         if self.train == "rounding" and not self.quantized:
             raise JaxqError("step reconstruct: rounding cannot be trained without quantized weights")
+        if self.whole and self.loss != "mse":
+            raise JaxqError('step reconstruct: a function as a whole has loss = "mse" (of a classifier, the KL)')
 
 
 STEPS: dict[str, type[Step]] = {

@@ -17,9 +17,12 @@ from jaxq.stages import Program, Stage, stages
 Carries = list[Any]
 
 
-def cut(fn: Callable[..., Any], params: Any, examples: tuple[Any, ...], batch: int) -> list[Stage]:
-    """The stages of the function for `batch` examples at a time."""
-    return stages(fn, params, *(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in examples))
+def cut(
+    fn: Callable[..., Any], params: Any, examples: tuple[Any, ...], batch: int, whole: bool = False
+) -> list[Stage]:
+    """The stages of the function for `batch` examples at a time; `whole`: only one."""
+    shapes = (jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in examples)
+    return stages(fn, params, *shapes, cut="" if whole else "block")
 
 
 def start(examples: tuple[Any, ...], batch: int, count: int | None = None) -> Carries:

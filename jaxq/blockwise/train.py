@@ -28,8 +28,8 @@ def train(job: Job, work: Work, step: Reconstruct) -> Work:
     """Trains the blocks in order, each on what the trained blocks before it make of the examples."""
     batch = min(step.batch, len(job.examples[0]))
     count = len(job.examples[0]) - len(job.examples[0]) % batch
-    pieces = blocks.cut(job.fn, work.params, job.examples, batch)
-    teachers = blocks.cut(job.teacher, work.floats, job.examples, batch)
+    pieces = blocks.cut(job.fn, work.params, job.examples, batch, step.whole)
+    teachers = blocks.cut(job.teacher, work.floats, job.examples, batch, step.whole)
     if len(pieces) != len(teachers):
         raise JaxqError(f"the function has {len(pieces)} blocks and the float one {len(teachers)}")
     own_paths(pieces, job.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxq.activation_rule import ActivationRule
@@ -169,13 +170,28 @@ def jaxq_vit(
     iterations: int = 20000,
     images: int = 128,
     mlp_iterations: int | None = None,
+    whole_iterations: int = 1000,
+    whole_rate: float = 1e-4,
+    whole_scale_rate: float = 4e-4,
     **more: Any,
 ) -> Recipe:
-    """Our best composition: MLPs rebuilt with ReLU, importance from one backward pass, rounding trained.
+    """Our best composition: aphq-vit, and at the end all blocks together.
 
-    rotate: turns the residual stream first, which needs a ViT that reads its class token alone.
+    Blocks that were trained one by one do not know of each other's errors. So the last step trains weights
+    (straight through their rounding), biases and activation scales of all of them by the KL divergence from the
+    float logits. It is short: on a thousand images a longer one fits those.
+
+    rotate: turns the residual stream first, which needs a ViT that reads its class token alone. whole_iterations,
+    whole_rate, whole_scale_rate: of the last step, 0 iterations for none.
     """
     share = PERCENTILES.get(activations, 0.99)
     first: tuple[Step, ...] = (Rotate(),) if rotate else ()
     first += (ReluMLP(share, iterations=mlp_iterations or iterations),) if relu else ()
-    return _reconstructed("jaxq-vit", weights, activations, loss, iterations, images, more, first)
+    recipe = _reconstructed("jaxq-vit", weights, activations, loss, iterations, images, more, first)
+    if not whole_iterations:
+        return recipe
+    together = Reconstruct(
+        "weights", loss="mse", whole=True, iterations=whole_iterations, rate=whole_rate,
+        scale_rate=whole_scale_rate, mixed=1.0, drop=1.0,
+    )  # fmt: skip
+    return dataclasses.replace(recipe, steps=(*recipe.steps, together))

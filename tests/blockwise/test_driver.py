@@ -102,6 +102,7 @@ def test_weights_that_are_quantized_already(vit, images):
         ({"step": "reconstruct", "loss": "vibes"}, "loss is mse"),
         ({"step": "reconstruct", "iterations": 0}, "iterations is a positive number"),
         ({"step": "reconstruct", "quantized": False}, "without quantized weights"),
+        ({"step": "reconstruct", "whole": True}, 'has loss = "mse"'),
         ("calibrate", "unknown step None"),
     ],
 )

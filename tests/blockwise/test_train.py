@@ -66,6 +66,17 @@ def test_weights_trained_straight_through(calibrated):
     assert not np.array_equal(done.params["blocks/0/mlp/fc1/bias"], work.params["blocks/0/mlp/fc1/bias"])
 
 
+def test_all_blocks_together(calibrated):
+    job, work = calibrated
+    step = dataclasses.replace(FAST, train="weights", loss="mse", whole=True, rate=1e-3, mixed=1.0, drop=1.0)
+    told = []
+    done = train.train(dataclasses.replace(job, tell=lambda text, share: told.append(text)), work, step)
+    assert all(text.startswith("block 1 of 1") for text in told)
+    assert divergence(job, done) < 0.5 * divergence(job, work)
+    for path in job.targets:
+        assert not np.array_equal(done.params[path], work.params[path])
+
+
 def test_with_nothing_rounded_there_is_nothing_to_learn(calibrated):
     job, work = calibrated
     bare = dataclasses.replace(work, inputs={}, named={})
