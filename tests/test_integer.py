@@ -299,7 +299,8 @@ def test_under_transformations():
     got, want = (jax.grad(loss(f), (0, 1))(FOUR, x) for f in (fn, simulated))
     close(got, want, 1e-4)
     assert abs(float(want[0].scale)) > 1e-2
-    exported = jax.export.export(jax.jit(fn))(taken, x)
+    exported = jax.export.export(jax.jit(fn), platforms=("cpu", "cuda", "tpu"))(taken, x)
+    assert "xi8>" in exported.mlir_module()
     close(exported.call(taken, x), fn(taken, x))
 
 
