@@ -33,7 +33,8 @@ class IntegerRules(QuantizedRules):
         quantizer = self.rounded.get(id(eqn))
         if quantizer is None:
             return value, {}
-        why = unfit(quantizer)
+        # The walk does not number equal names.
+        path, why = self.paths.get(id(eqn), path), unfit(quantizer)
         if why:
             self.report(path, why)
             return quantizer(value), {}

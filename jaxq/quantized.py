@@ -12,7 +12,7 @@ from jaxq import tracing
 from jaxq.formats.base import is_quantized
 from jaxq.integer import IntegerRules
 from jaxq.interpreter import Walk
-from jaxq.names import assigned, split
+from jaxq.names import assigned, names, split
 from jaxq.simulated import QuantizedRules
 from jaxq.tracked import Leaf
 
@@ -64,10 +64,11 @@ def quantized(
         if not quantizers and not any(map(is_quantized, jax.tree.leaves((args, kwargs), is_leaf=is_quantized))):
             return fn(*args, **kwargs)
         call = tracing.trace(fn, args, kwargs)
+        paths = {place: name.path for place, name in names(call.jaxpr.eqns).items()} if quantizers else {}
 
         def run(kind: type[QuantizedRules], report: Any, consts: Any, values: Any, rounded: Any) -> list[Any]:
             leaves = [Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(values, call.paths, strict=True)]
-            walk = Walk(kind(report, rounded))
+            walk = Walk(kind(report, rounded, paths))
             outs, _ = walk.run(call.jaxpr, consts, leaves)
             return [walk.plain(o, "is returned by the function") for o in outs]
 

@@ -27,15 +27,18 @@ def _precision(use: Use) -> Any:
 class QuantizedRules(Rules):
     """Calls the quantized array's own product at its sites, and rounds named activations.
 
-    rounded: {id of the equation that names an activation: its quantizer}.
+    rounded: {id of the equation that names an activation: its quantizer}. paths: {the same: path in reports}.
     """
 
     keep_custom_rules = True
 
     def __init__(
-        self, on_fallback: Callable[[str, str], None] | None = None, rounded: dict[int, Any] | None = None
+        self,
+        on_fallback: Callable[[str, str], None] | None = None,
+        rounded: dict[int, Any] | None = None,
+        paths: dict[int, str] | None = None,
     ):
-        self.on_fallback, self.rounded = on_fallback, rounded or {}
+        self.on_fallback, self.rounded, self.paths = on_fallback, rounded or {}, paths or {}
         self.follow_names = bool(rounded)
 
     def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:

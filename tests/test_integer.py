@@ -233,6 +233,15 @@ def test_other_uses_of_a_rounded_activation_are_right_and_reported(name):
     assert [path for path, _ in reports] == ["x"] and why in reports[0][1]
 
 
+def test_reports_go_by_the_paths_of_activations():
+    def twice(params, x):
+        return checkpoint_name(checkpoint_name(x, "a") @ params["w"], "a") + 1.0
+
+    assert [n.path for n in jaxq.activations(twice, {"w": W}, draw(3, 16))] == ["a", "a#2"]
+    _, _, reports = both(twice, jaxq.Activated({"w": W}, {"a": FOUR, "a#2": FOUR}), draw(3, 16))
+    assert [path for path, _ in reports] == ["a#2"]
+
+
 MOVED = {
     "cast": lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
     "half": lambda x: x[1:, :],
