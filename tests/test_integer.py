@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq import recipes
@@ -323,6 +324,24 @@ def test_layers_in_a_scan():
     got, want, reports = both(fn, params, draw(5, 8))
     close(got, want)
     assert reports == [] and products(jaxq.quantized(fn, integer=True), params, draw(5, 8)) == (1, 1)
+
+
+def test_in_shards():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(None, "model"), P("data")), out_specs=P("data", "model")
+    )
+    def sharded(w, x):
+        return checkpoint_name(x, "x") @ w
+
+    def fn(params, x):
+        return sharded(params["w"], x)
+
+    params = {"w": rounded_input(W, FOUR, Affine(4))}
+    got, want, reports = both(fn, params, draw(4, 16))
+    close(got, want)
+    assert reports == [] and products(jaxq.quantized(fn, integer=True), params, draw(4, 16)) == (1, 1)
 
 
 # ---- vision transformers ---------------------------------------------------------------------------------
