@@ -57,6 +57,7 @@ def perplexity(
     windows: Int[np.ndarray, "N T"],
     *,
     batch: int | None = None,
+    integer: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float | int]:
     """exp of the mean negative log-likelihood of every token but the first of each window.
@@ -65,6 +66,7 @@ def perplexity(
     and are kept compiled for the next call with the same function.
     params: leaves may be quantized, or handles that are read when their stage comes.
     batch: windows at a time; None takes as many as keep the logits within 256 MiB, at most 8.
+    integer: products of codes where both operands have them, see `jaxq.quantized`.
     progress: called with (windows done, windows, perplexity so far).
     Returns {"perplexity": float, "tokens": how many were scored}. Raises `JaxqError` for windows that cannot
     be scored: none at all, shorter than two tokens, or with token ids that the model does not have.
@@ -90,7 +92,7 @@ def perplexity(
         rows = tokens[start : start + step]
         # The last batch is filled up so that it has the shape that was compiled.
         full = np.resize(rows, (step, length))
-        nll = token_nll(run(pieces, params, full), full)
+        nll = token_nll(run(pieces, params, full, integer=integer), full)
         total += float(np.asarray(nll, np.float64)[: len(rows)].sum())
         scored += rows.size - len(rows)
         if progress is not None:
@@ -106,6 +108,7 @@ def top1(
     *,
     batch: int | None = None,
     prepare: Callable[[Any], Float[np.ndarray, "B h w c"]] | None = None,
+    integer: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float | int]:
     """The percentage of images whose largest logit is that of their label; the first one, among equals.
@@ -114,6 +117,7 @@ def top1(
     params: leaves may be quantized, or handles that are read when their stage comes.
     images: as `apply` takes them, or anything that `prepare` turns into that, a batch at a time.
     batch: images at a time; None takes as many as keep the prepared ones within 8 MiB, at most 256.
+    integer: products of codes where both operands have them, see `jaxq.quantized`.
     progress: called with (images done, images, percentage so far).
     Returns {"top1": percentage, "images": how many were scored}. Raises `JaxqError` for images that cannot be
     scored: none at all, not as many as labels, or with labels that the model does not have.
@@ -138,7 +142,7 @@ def top1(
     for start in range(0, count, step):
         rows = prepare(images[start : start + step])
         # The last batch is filled up so that it has the shape that was compiled.
-        logits = run(pieces, params, np.resize(rows, (step, *shape)))
+        logits = run(pieces, params, np.resize(rows, (step, *shape)), integer=integer)
         wanted = labels[start : start + step]
         right += int((np.argmax(np.asarray(logits[: len(rows)]), axis=-1) == wanted).sum())
         if progress is not None:

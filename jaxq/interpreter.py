@@ -20,7 +20,7 @@ from jax import lax
 from jaxq import jaxprs, uses
 from jaxq.errors import JaxqError
 from jaxq.nested import NESTED
-from jaxq.tracked import KEEPS_NAME, LAYOUT, Copies, Leaf, Named, Record, Records
+from jaxq.tracked import KEEPS_NAME, LAYOUT, Coded, Copies, Leaf, Named, Record, Records
 
 
 class Rules:
@@ -41,8 +41,12 @@ class Rules:
         """What becomes of an activation where it is named."""
         return value, {}
 
-    def fallback(self, leaf: Leaf, reason: str) -> None:
-        """The leaf is made dense here."""
+    def activation(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+        """Outputs of a primitive on named activations and arrays; None leaves it to the walk."""
+        return None
+
+    def fallback(self, tracked: Leaf | Coded, reason: str) -> None:
+        """The leaf, or the codes of an activation, are made dense here."""
 
     def initial(self, path: str) -> Any:
         """The neutral state of a record."""
@@ -77,10 +81,14 @@ class Walk:
 
     def equation(self, eqn: Any, values: list[Any]) -> tuple[list[Any], Records]:
         name = eqn.primitive.name
+        if any(isinstance(v, Named) for v in values) and not any(isinstance(v, Leaf) for v in values):
+            outs = self.rules.activation(eqn, values)
+            if outs is not None:
+                return outs, {}
         if name == "name" and self.rules.follow_names and not isinstance(values[0], Leaf):
             path = "/".join(p for p in (self.scope_path(eqn), eqn.params["name"]) if p)
             value, records = self.rules.named(eqn, path, self.plain(values[0]))
-            return [Named(value, path)], records
+            return [value if isinstance(value, Coded) else Named(value, path)], records
         if name == "pvary" and not any(isinstance(v, (Leaf, Named)) for v in values):
             sources = [v.source if isinstance(v, Copies) else v for v in values]
             outs = jaxprs.bind(eqn, [self.plain(v) for v in values])
@@ -108,12 +116,14 @@ class Walk:
             return jaxprs.bind(eqn, [self.plain(v, found) for v in values]), {}
         leaf = values[found.operand]
         others = [
-            v if i == found.operand else self.plain(v, f"second parameter operand of {eqn.primitive.name}")
+            v
+            if i == found.operand or isinstance(v, Coded)
+            else self.plain(v, f"second parameter operand of {eqn.primitive.name}")
             for i, v in enumerate(values)
         ]
 
         def dense() -> Any:
-            return jaxprs.bind(eqn, [v.dense() if isinstance(v, Leaf) else v for v in others])[0]
+            return jaxprs.bind(eqn, [v.dense() if isinstance(v, (Leaf, Coded)) else v for v in others])[0]
 
         sources = [v.source if isinstance(v, Copies) else o for v, o in zip(values, others, strict=True)]
         data: Any = sources if found.kind == "grouped" else sources[1 - found.operand]
@@ -141,10 +151,12 @@ class Walk:
     # ---- helpers -----------------------------------------------------------------------------------------
 
     def plain(self, value: Any, reason: str | None = None) -> Any:
-        """The value as an array; a leaf that this makes dense is reported with the reason."""
-        if isinstance(value, (Named, Copies)):
+        """The value as an array; a leaf, or codes, that this makes dense is reported with the reason."""
+        if isinstance(value, Copies):
             return value.value
-        if not isinstance(value, Leaf):
+        if isinstance(value, Named) and not isinstance(value, Coded):
+            return value.dense()
+        if not isinstance(value, (Leaf, Coded)):
             return value
         if reason is not None:
             self.rules.fallback(value, reason)

@@ -48,7 +48,7 @@ def _remat(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Records]
 
     def body(*arrays: Any) -> tuple[list[Any], Records]:
         outs, records = walk.run(*jaxprs.called(eqn), unpack(arrays))
-        return [walk.plain(o) for o in outs], records
+        return [walk.plain(o, "is returned by a checkpointed function") for o in outs], records
 
     p = eqn.params
     return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*arrays)
@@ -105,7 +105,8 @@ def _scan(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Records]:
             slices.append(dataclasses.replace(x, view=view, levels=(*x.levels, level)))
         else:
             slices.append(None)
-            xs[i] = walk.plain(x, "scanned along an axis that is not its leading one")
+            leaf = isinstance(x, Leaf)
+            xs[i] = walk.plain(x, "scanned along an axis that is not its leading one" if leaf else "scanned over")
     arrays = [x.value if isinstance(x, Leaf) else x for x in xs]
 
     def body(moving: list[Any], arrays: list[Any]) -> tuple[list[Any], Any]:
@@ -185,7 +186,7 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> tuple[list[Any], Reco
     values, specs, leaves = list(values), list(p["in_specs"]), {}
     for i, v in enumerate(values):
         if not isinstance(v, Leaf):
-            values[i] = walk.plain(v)
+            values[i] = walk.plain(v, "enters a shard_map")
             continue
         spec = _member_specs(v, specs[i], p["mesh"])
         if isinstance(spec, str):

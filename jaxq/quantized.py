@@ -7,70 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 
-from jaxq import tracing, uses
-from jaxq.errors import JaxqError
+from jaxq import tracing
 from jaxq.formats.base import is_quantized
-from jaxq.interpreter import Rules, Walk
-from jaxq.names import assigned, split
-from jaxq.sites import mismatch
-from jaxq.tracked import Leaf, Records
-from jaxq.uses import Use
+from jaxq.integer import IntegerRules
+from jaxq.interpreter import Walk
+from jaxq.names import assigned, names, split
+from jaxq.simulated import QuantizedRules
+from jaxq.tracked import Leaf
 
 
-def _precision(use: Use) -> Any:
-    """A context in which products run at the precision that the function asked for."""
-    precision = use.eqn.params["precision"]
-    both = precision if isinstance(precision, tuple) else (precision, precision)
-    strict = lax.Precision.HIGHEST in both
-    return jax.default_matmul_precision("highest") if strict else jax.default_matmul_precision(None)
-
-
-class QuantizedRules(Rules):
-    """Calls the quantized array's own product at its sites, and rounds named activations.
-
-    rounded: {id of the equation that names an activation: its quantizer}.
-    """
-
-    keep_custom_rules = True
-
-    def __init__(
-        self, on_fallback: Callable[[str, str], None] | None = None, rounded: dict[int, Any] | None = None
-    ):
-        self.on_fallback, self.rounded = on_fallback, rounded or {}
-        self.follow_names = bool(rounded)
-
-    def named(self, eqn: Any, path: str, value: Any) -> tuple[Any, Records]:
-        quantizer = self.rounded.get(id(eqn))
-        return (value if quantizer is None else quantizer(value)), {}
-
-    def fallback(self, leaf: Leaf, reason: str) -> None:
-        if self.on_fallback is not None:
-            self.on_fallback(leaf.path, reason)
-
-    def site(self, use: Use, leaf: Leaf, x: Any, dense: Callable[[], Any]) -> tuple[Any, Records]:
-        reason = mismatch(use, leaf)
-        if leaf.value.rounds_input and (reason or use.kind not in ("matmul", "embedding")):
-            raise JaxqError(f"{leaf.path}: the input of this {use.kind} cannot be rounded; "
-                            "quantize the weight alone")  # fmt: skip
-        if reason:
-            self.fallback(leaf, reason)
-            return dense(), {}
-        if use.kind == "embedding":
-            return uses.lookup(use, leaf.value.take_out, x), {}
-        if use.kind != "matmul":
-            # Convolutions and grouped products read the packed weight and run on its dense form at the site.
-            return dense(), {}
-        matmul: Callable[..., Any] = lambda q, x: q.matmul(x)  # noqa: E731
-        for _ in use.batch_axes:
-            matmul = jax.vmap(matmul)
-        with _precision(use):
-            y = matmul(leaf.value, use.canonical_input(x))
-        return use.restore(y).astype(use.eqn.outvars[0].aval.dtype), {}
-
-
-def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | None = None) -> Callable[..., Any]:
+def quantized(
+    fn: Callable[..., Any],
+    on_fallback: Callable[[str, str], None] | None = None,
+    *,
+    integer: bool = False,
+) -> Callable[..., Any]:
     """The same function, running on quantized arrays wherever they are in its arguments.
 
     Nothing is patched: the function is traced with dense abstract parameters, and its jaxpr is evaluated with
@@ -86,9 +38,20 @@ def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | 
     `fn` names (`jaxq.activations`) too. Raises JaxqError for a path that `fn` does not have, or whose activation
     it names in a loop or in a function called more than once.
 
+    With `integer`, products of two rounded operands are int8 x int8 -> int32 sums of their codes, scaled once, and
+    agree with the simulated ones to float32 rounding. Those are products of two named activations, and of a weight
+    on a `Uniform` grid of one group an output with an input that is named or that the weight rounds
+    (`RoundedInput`), by `AffineQuantizer` or `DynamicQuantizer`. Grids have at most 8 bits and whole zero points,
+    and do not vary along what is summed over. From its name on, an activation stays on its codes through changes
+    of layout and dtype and products with numbers. All else stays simulated and is reported. Codes are not rounded
+    to the dtype of what they stand for (bfloat16, say), and NaN has none: it becomes a number. Derivatives are
+    those of the simulated function.
+
     Args:
         fn: a pure function of pytrees. Python scalars among its arguments are settings, fixed at tracing.
-        on_fallback: called at tracing time with (path, reason) for every leaf made dense.
+        on_fallback: called at tracing time with (path, reason) for every leaf made dense; with `integer` also for
+            every quantized weight whose product, and every rounded activation which, runs in float.
+        integer: products of codes where both operands have them.
 
     Example:
         >>> logits = jax.jit(jaxq.quantized(model.apply))(result.params, tokens)  # doctest: +SKIP
@@ -101,9 +64,25 @@ def quantized(fn: Callable[..., Any], on_fallback: Callable[[str, str], None] | 
         if not quantizers and not any(map(is_quantized, jax.tree.leaves((args, kwargs), is_leaf=is_quantized))):
             return fn(*args, **kwargs)
         call = tracing.trace(fn, args, kwargs)
-        values = [Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(call.values, call.paths, strict=True)]
-        walk = Walk(QuantizedRules(on_fallback, assigned(call.jaxpr.eqns, quantizers)))
-        outs, _ = walk.run(call.jaxpr, call.consts, values)
-        return call.finish([walk.plain(o, "is returned by the function") for o in outs])
+        paths = {place: name.path for place, name in names(call.jaxpr.eqns).items()} if quantizers else {}
+
+        def run(kind: type[QuantizedRules], report: Any, consts: Any, values: Any, rounded: Any) -> list[Any]:
+            leaves = [Leaf.of(v, p) if is_quantized(v) else v for v, p in zip(values, call.paths, strict=True)]
+            walk = Walk(kind(report, rounded, paths))
+            outs, _ = walk.run(call.jaxpr, consts, leaves)
+            return [walk.plain(o, "is returned by the function") for o in outs]
+
+        form = functools.partial(run, QuantizedRules, on_fallback)
+        if integer:
+            simulated = functools.partial(run, QuantizedRules, None)
+            form = _with_derivative(functools.partial(run, IntegerRules, on_fallback), simulated)
+        return call.finish(form(call.consts, call.values, assigned(call.jaxpr.eqns, quantizers)))
 
     return wrapped
+
+
+def _with_derivative(value: Callable[..., Any], of: Callable[..., Any]) -> Callable[..., Any]:
+    """The function `value`, whose derivative is defined to be that of another one."""
+    call = jax.custom_jvp(value)
+    call.defjvp(lambda primals, tangents: (call(*primals), jax.jvp(of, primals, tangents)[1]))
+    return call

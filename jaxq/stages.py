@@ -57,8 +57,9 @@ class Slot(str):
 class Program:
     """A compiled piece: pure functions `(leaves, inputs) -> outputs`, lists of arrays. Leaves may be quantized.
 
-    run: to be traced. call: jitted. Two programs with the same `key` compute the same. names: the activations that
-    it names, in order; for leaves both take `jaxq.Activated(leaves, quantizers)` too.
+    run: to be traced. call: jitted. integer: jitted, on codes (see `jaxq.quantized`). Two programs with the same
+    `key` compute the same. names: the activations that it names, in order; for leaves all take
+    `jaxq.Activated(leaves, quantizers)` too.
     """
 
     def __init__(self, closed: Any, parameters: int, key: str):
@@ -70,9 +71,14 @@ class Program:
             closed.out_avals,
         )
         plain = jaxpr_as_fun(closed)
-        self.run: Callable[..., list[Any]] = quantized(lambda leaves, inputs: plain(*leaves, *inputs))
+        self._dense: Callable[..., list[Any]] = lambda leaves, inputs: plain(*leaves, *inputs)
+        self.run: Callable[..., list[Any]] = quantized(self._dense)
         self.call = jax.jit(self.run)
         self.names = [name.path for name in names(jaxprs.opened(closed)[0].eqns).values()]
+
+    @functools.cached_property
+    def integer(self) -> Callable[..., list[Any]]:
+        return jax.jit(quantized(self._dense, integer=True))
 
     @functools.cached_property
     def sites(self) -> dict[int, Site]:
@@ -91,7 +97,7 @@ class Stage:
     paths: its parameters, in the order in which the program takes them. activations: those that it names, in the
     order of `Program.names`. fn: `fn(stage_params, carry) -> carry` with stage_params {path: leaf}, see `take`;
     the first stage takes the function's arguments (a tuple) as its carry, and the last one returns the function's
-    output.
+    output; with `integer=True`, products of codes where both operands have them.
     """
 
     program: Program
@@ -137,11 +143,12 @@ class Stage:
         env.update(zip(self.writes, outputs, strict=True))
         return {k: v for k, v in env.items() if k in self.keeps}
 
-    def fn(self, stage_params: dict[str, Any], carry: Any) -> Any:
+    def fn(self, stage_params: dict[str, Any], carry: Any, *, integer: bool = False) -> Any:
         missing = [p for p in self.paths if p not in stage_params]
         if missing:
             raise JaxqError(f"this stage needs {', '.join(missing)}: give Stage.take(params)")
-        return self.advance(carry, self.program.call(self.leaves(stage_params), self.inputs(carry)))
+        call = self.program.integer if integer else self.program.call
+        return self.advance(carry, call(self.leaves(stage_params), self.inputs(carry)))
 
 
 def _read(leaf: Any) -> Any:
@@ -381,8 +388,9 @@ def stages(fn: Callable[..., Any], params: Any, *args: Any, cut: str = "block", 
     return out
 
 
-def run(pieces: Sequence[Stage], params: Any, *args: Any) -> Any:
-    """The function's output, computed stage by stage."""
+def run(pieces: Sequence[Stage], params: Any, *args: Any, integer: bool = False) -> Any:
+    """The function's output, computed stage by stage. integer: as of `jaxq.quantized`."""
     params, quantizers = split(params)
     flat = Activated(tracing.flatten(params), quantizers)
-    return functools.reduce(lambda carry, stage: stage.fn(stage.take(flat), carry), pieces, args)
+    step: Callable[[Any, Stage], Any] = lambda carry, stage: stage.fn(stage.take(flat), carry, integer=integer)  # noqa: E731
+    return functools.reduce(step, pieces, args)

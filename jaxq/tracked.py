@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxq import jaxprs
 from jaxq.formats.base import is_quantized
+from jaxq.formats.codes import Codes
 from jaxq.views import View
 
 
@@ -48,6 +49,37 @@ class Named:
     value: Any
     path: str
 
+    def dense(self) -> jax.Array:
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded(Named):
+    """A named activation that is rounded and still on its codes: `value`, of which `view` is what is meant."""
+
+    value: Codes
+    view: View
+
+    @classmethod
+    def of(cls, value: Codes, path: str) -> Coded:
+        return cls(value, path, View.of(value.shape))
+
+    def dense(self) -> jax.Array:
+        return self.view.apply(self.value.dequantize())
+
+    def with_view(self, view: View) -> Coded:
+        return dataclasses.replace(self, view=view)
+
+    def seen(self) -> Codes:
+        """The codes as they are after the layout operations."""
+
+        def moved(member: jax.Array) -> jax.Array:
+            axes = (tuple(a for a in axis if member.shape[a.axis] != 1) for axis in self.view.axes)
+            return View(tuple(member.shape), tuple(axes)).apply(member)
+
+        members = {name: moved(member) for name, member in self.value.grids.items()}
+        return dataclasses.replace(self.value, codes=self.view.apply(self.value.codes), **members)
+
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
@@ -74,6 +106,7 @@ Records = dict[str, Record]
 
 
 # ---- layout operations on leaves: each returns the leaf's new view, or None where it has none ------------
+# Those that keep a name (`KEEPS_NAME`) serve coded activations too.
 
 
 def _view(change: Callable[[Any, View], View | None]) -> Callable[[Any, list[Any]], Leaf | None]:

@@ -183,6 +183,16 @@ def test_eval_equals_the_library(place, out):
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
 
 
+def test_eval_on_codes_says_what_runs_in_float(place, out):
+    args = ("--data", place / "text.txt", "--windows", "5", "--seq-len", "32")
+    simulated, found = parsed("eval", out, *args), parsed("eval", out, *args, "--integer")
+    # The recipe rounds weights alone.
+    assert set(found["in_float"].values()) == {"has scales for groups of inputs"}
+    assert found["perplexity"] == pytest.approx(simulated["perplexity"], rel=1e-5)
+    assert "in float: " in run("eval", out, *args, "--integer").stderr
+    assert "--integer is for a quantized OUT" in refused("eval", place / "model", *args, "--integer")
+
+
 def test_fewer_windows_than_asked_for_are_said(place):
     done = run(
         "eval",

@@ -106,6 +106,7 @@ for _command, _name, _lines in (
         (
             "jaxq eval out --data essays",
             "jaxq eval ./vit --metric top1 --data fashion-mnist --json",
+            "jaxq eval out --metric top1 --data fashion-mnist --integer",
             "jaxq eval smollm2-135m --metric perplexity --data notes.txt --windows 40 --seq-len 512 --json",
         ),
     ),

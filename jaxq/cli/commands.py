@@ -73,6 +73,9 @@ def evaluate(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows or images at a time.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
+    integer: Annotated[
+        bool, typer.Option("--integer", help="Multiply codes, where both operands are rounded.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL_OR_OUT: perplexity on text, or the percentage of test images told right (top1).
@@ -82,11 +85,11 @@ def evaluate(
     if metric not in METRICS:
         raise JaxqError(f"unknown metric {metric!r}; use {', '.join(METRICS)}")
     if metric == "top1":
-        found, line = _top1(model, data, images, batch, dtype)
+        found, line = _top1(model, data, images, batch, dtype, integer)
     elif images is not None:
         raise JaxqError("--images goes with --metric top1; perplexity is measured on text")
     else:
-        found, line = _perplexity(model, data, windows, seq_len, batch, dtype)
+        found, line = _perplexity(model, data, windows, seq_len, batch, dtype, integer)
     if as_json:
         console.print_json(found)
     else:
@@ -94,7 +97,13 @@ def evaluate(
 
 
 def _perplexity(
-    model: str, data: str | None, windows: int, seq_len: int, batch: int | None, dtype: str | None
+    model: str,
+    data: str | None,
+    windows: int,
+    seq_len: int,
+    batch: int | None,
+    dtype: str | None,
+    integer: bool,
 ) -> tuple[dict[str, Any], str]:
     """What eval prints, as JSON and as a line."""
     if data is None:
@@ -108,15 +117,18 @@ def _perplexity(
     tokens = measures.windows(text, opened.tokenizer, seq_len, windows)
     if len(tokens) < windows:
         console.remark(f"{data} gives {len(tokens)} windows of {seq_len} tokens, not {windows}")
+    aside = _in_float(opened, integer)
     with _measuring("perplexity", "window") as show:
-        found = measures.perplexity(opened.model.apply, opened.model.params, tokens, batch=batch, progress=show)
+        found = measures.perplexity(
+            opened.model.apply, opened.model.params, tokens, batch=batch, integer=integer, progress=show
+        )
     scored = f"{found['tokens']:,} tokens, {len(tokens)} windows of {data}"
-    result = {**found, "windows": len(tokens), "seq_len": seq_len, **_of(opened, data, model)}
+    result = {**found, "windows": len(tokens), "seq_len": seq_len, **_of(opened, data, model), **aside}
     return result, f"perplexity {found['perplexity']:.4f} ({scored})"
 
 
 def _top1(
-    model: str, data: str | None, images: int | None, batch: int | None, dtype: str | None
+    model: str, data: str | None, images: int | None, batch: int | None, dtype: str | None, integer: bool
 ) -> tuple[dict[str, Any], str]:
     """What eval prints, as JSON and as a line."""
     import functools
@@ -137,13 +149,14 @@ def _top1(
         raise JaxqError(f"{model} knows {config.classes} classes, {data} has {len(test.names)}")
     if images is not None and len(test) < images:
         console.remark(f"{data} gives {len(test)} images, not {images}")
+    aside = _in_float(opened, integer)
     # Else a GPU would round the factors of every product to ten bits.
     with _measuring("top1", "image") as show, jax.default_matmul_precision("highest"):
         found = measures.top1(
             opened.model.apply, opened.model.params, test.images, test.labels,
-            batch=batch, prepare=functools.partial(prepare, config=config), progress=show,
+            batch=batch, prepare=functools.partial(prepare, config=config), integer=integer, progress=show,
         )  # fmt: skip
-    result = {**found, **_of(opened, data, model)}
+    result = {**found, **_of(opened, data, model), **aside}
     return result, f"top-1 {found['top1']:.2f} % ({found['images']:,} images of {data})"
 
 
@@ -151,6 +164,26 @@ def _of(opened: sources.Opened, data: str, model: str) -> dict[str, Any]:
     """What was measured, and on what."""
     bits = {} if opened.report is None else {"bits_per_weight": opened.report.bits_per_weight}
     return {"data": data, "model": model, **bits}
+
+
+def _in_float(opened: sources.Opened, integer: bool) -> dict[str, Any]:
+    """What of an integer execution runs in float all the same, for JSON, and as remarks."""
+    if not integer:
+        return {}
+    import jax
+
+    import jaxq
+
+    if opened.report is None:
+        raise JaxqError("--integer is for a quantized OUT; this is a float model")
+    why: dict[str, str] = {}
+    run = jaxq.quantized(opened.model.apply, why.__setitem__, integer=True)
+    with console.doing("tracing"):
+        jax.eval_shape(run, opened.model.params, opened.example())
+    for reason, count in Counter(why.values()).items():
+        path = next(p for p, r in why.items() if r == reason)
+        console.remark(f"in float: {path}{f' and {count - 1} more' if count > 1 else ''} {reason}")
+    return {"integer": True, "in_float": why}
 
 
 @contextmanager

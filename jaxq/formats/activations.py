@@ -71,8 +71,8 @@ class AffineQuantizer:
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         check_fits(x, self.scale, self.zero)
         exact, raw = x.astype(jnp.float32), jnp.asarray(self.scale, jnp.float32)
-        zero, top = jax.lax.stop_gradient(self._zero()), 2**self.bits - 1
-        scale = jax.lax.stop_gradient(floored(raw))
+        zero, top = jax.lax.stop_gradient(self.zero_point()), 2**self.bits - 1
+        scale = jax.lax.stop_gradient(self.step())
         steps, position = _steps(jax.lax.stop_gradient(exact), scale)
         code = steps + zero
         below, above = code < 0, code > top
@@ -84,22 +84,27 @@ class AffineQuantizer:
     def codes(self, x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
         """0 to `levels`; 0 is the lower bound, and so it is of a fractional grid."""
         check_fits(x, self.scale, self.zero)
-        zero, first = self._zero(), self._first()
-        steps, _ = _steps(x.astype(jnp.float32), floored(self.scale))
+        zero, first = self.zero_point(), self._first()
+        steps, _ = _steps(x.astype(jnp.float32), self.step())
         return (jnp.clip(steps, first, jnp.ceil(2**self.bits - 1 - zero)) - first).astype(jnp.int32)
 
     def dequantize(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-        zero = self._zero()
+        zero = self.zero_point()
         code = jnp.clip(codes + self._first() + zero, 0, 2**self.bits - 1)
-        return (code - zero) * floored(self.scale)
+        return (code - zero) * self.step()
 
-    def _zero(self) -> Array:
+    def zero_point(self) -> Float[Array, "*grid"]:
+        """The zero point in use, float32: rounded, unless it is fractional."""
         zero = jnp.asarray(self.zero, jnp.float32)
         return zero if self.fractional else jnp.round(zero)
 
+    def step(self) -> Float[Array, "*grid"]:
+        """The scale in use, float32: floored (`SCALE_FLOOR`)."""
+        return floored(self.scale)
+
     def _first(self) -> Array:
         """round(x / scale) of code 0."""
-        return jnp.floor(-self._zero())
+        return jnp.floor(-self.zero_point())
 
 
 @quantized_pytree

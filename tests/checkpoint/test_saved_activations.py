@@ -387,6 +387,10 @@ def test_eval_rounds_the_activations(vit, logits, monkeypatch):
     assert right != other
     found = parsed("eval", path, "--metric", "top1", "--data", "tiny")
     assert (found["top1"], found["images"]) == (pytest.approx(right), 11)
+    found = parsed("eval", path, "--metric", "top1", "--data", "tiny", "--integer")
+    assert found["images"] == 11 and found["integer"]
+    # Weights are float here, and no product has two operands on whole uniform grids.
+    assert set(found["in_float"]) == set(model.params.activations)
 
 
 def test_inspect_lists_them(vit, copy):
