@@ -23,13 +23,21 @@ settings.load_profile("jaxq")
 def pytest_configure(config: pytest.Config) -> None:
     # Tracing makes many small objects that live on: looking for garbage among them takes a twentieth of the time.
     gc.set_threshold(50_000, 20, 100)
-    # The fast tests compile hundreds of tiny programs once each: the compiler's work is nearly all of their
-    # time. Real models want its optimizations. The older of its two code generators, which jaxlib 0.10 still has,
-    # takes half as long.
+    # The fast tests compile hundreds of tiny programs once each: the compiler's work is most of their time. Real
+    # models want its optimizations. Programs cut into parts for several cores take a fifth longer to compile; the
+    # older of its two code generators, which jaxlib 0.10 still has, takes half as long.
     if "not slow" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # for the programs that tests start
+        os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
         if jaxlib.__version__.startswith("0.10."):
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.fixture
+def quick_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """k-means by iterations, which compile in half the time, where it is not the tables that are tested."""
+    monkeypatch.setattr("jaxq.solvers.kmeans.BUDGET_SECONDS", 0.0)
 
 
 @pytest.fixture

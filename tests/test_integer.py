@@ -372,8 +372,8 @@ def images():
     [
         ("percentile", 4, {}),
         ("percentile", 8, {}),
-        ("qdrop", 4, {"iterations": 2}),
-        ("qdrop", 8, {"iterations": 2}),
+        pytest.param("qdrop", 4, {"iterations": 2}, marks=pytest.mark.slow),
+        pytest.param("qdrop", 8, {"iterations": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_vision_transformer(vit, images, name, bits, settings, tmp_path):
@@ -403,6 +403,7 @@ def test_logarithmic_probabilities_stay_simulated(vit, images):
     assert products(jaxq.quantized(vit.apply, integer=True), params, images[0]) == (11, 13)
 
 
+@pytest.mark.slow
 def test_swin():
     from jaxq.models import vision
 

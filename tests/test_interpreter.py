@@ -17,6 +17,10 @@ def close(a, b, tolerance=2e-5):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), tolerance, tolerance)
 
 
+#: By one program: `dequantize` itself runs one for every operation.
+dequantize = jax.jit(jaxq.dequantize)
+
+
 def dense(fn, q, *args):
     """The function on dequantized leaves: what quantized(fn) has to give."""
     return jax.jit(lambda q, *args: fn(jaxq.dequantize(q), *args))(q, *args)
@@ -28,11 +32,11 @@ def test_all_leaves_are_sites_and_run_quantized(name):
     assert len(zoo.chosen(case)) == case.leaves
     q = zoo.quantize(case)
     fallbacks = []
-    run = jax.jit(jaxq.quantized(case.fn, lambda *why: fallbacks.append(why)))
-    close(run(q, *case.args), dense(case.fn, q, *case.args))
+    out = jax.jit(jaxq.quantized(case.fn, lambda *why: fallbacks.append(why)))(q, *case.args)
+    close(out, dense(case.fn, q, *case.args))
     assert fallbacks == []
     # Rounding must have done something: otherwise the comparison says nothing.
-    assert float(jnp.abs(run(q, *case.args) - jax.jit(case.fn)(case.params, *case.args)).max()) > 1e-3
+    assert np.abs(np.asarray(out) - jax.jit(case.fn)(case.params, *case.args)).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["dense", "scanned", "bare", "experts", "nnx_model"])
@@ -72,8 +76,8 @@ def test_custom_jvp_keeps_its_rule_in_forward_mode():
     doubled.defjvp(lambda p, t: (p[1] @ p[0], 2 * (t[1] @ p[0]) + p[1] @ t[0]))
     f = lambda p, x: doubled(p["b"], x)  # noqa: E731
     x = case.args[0]
-    _, ours = jax.jvp(lambda x: jaxq.quantized(f)(q, x), (x,), (x,))
-    close(ours, 2 * (x @ q["b"].dequantize()))
+    _, ours = jax.jit(lambda x: jax.jvp(lambda x: jaxq.quantized(f)(q, x), (x,), (x,)))(x)
+    close(ours, 2 * (x @ dequantize(q)["b"]))
 
 
 def test_vmap_over_data_and_over_models():
@@ -143,7 +147,7 @@ def test_shard_map_inside_the_function(spec):
     q = {"w": jaxq.rtn(w, jaxq.Uniform(4, 8))}
     reasons = []
     run = jax.jit(jaxq.quantized(fn, lambda *why: reasons.append(why)))
-    close(run(q, x), jnp.tanh(x @ q["w"].dequantize()))
+    close(run(q, x), jnp.tanh(x @ dequantize(q)["w"]))
     assert reasons == []
 
 
@@ -162,7 +166,7 @@ def test_shard_map_that_would_cut_a_group_runs_dense_and_says_so():
     q = {"w": jaxq.rtn(w, jaxq.Uniform(4, 8))}
     reasons = []
     run = jax.jit(jaxq.quantized(fn, lambda *why: reasons.append(why)))
-    close(run(q, x), x @ q["w"].dequantize())
+    close(run(q, x), x @ dequantize(q)["w"])
     assert [path for path, _ in reasons] == ["w"]
 
 
@@ -188,8 +192,8 @@ def test_leaves_that_cannot_run_quantized_are_dense_and_reported():
     q = {"w": jaxq.rtn(w, jaxq.Uniform(4, 8))}
     for name, fn in functions.items():
         why = []
-        out = jaxq.quantized(fn, lambda *reason, why=why: why.append(reason))(q, x)
-        close(out, fn(jaxq.dequantize(q), x))
+        out = jax.jit(jaxq.quantized(fn, lambda *reason, why=why: why.append(reason)))(q, x)
+        close(out, dense(fn, q, x))
         assert why and why[0][0] == "w" and why[0][1], name
         assert any(s.note for s in jaxq.sites(fn, q, x) if s.path == "w"), name
 
@@ -213,7 +217,8 @@ def test_settings_stay_settings():
 
     q = {"w": jaxq.rtn(jax.random.normal(jax.random.key(0), (16, 16)), jaxq.Uniform(4, 8))}
     x = jnp.ones((2, 16))
-    close(jaxq.quantized(fn)(q, x, 2, mode="none"), x @ q["w"].dequantize() @ q["w"].dequantize())
+    w = dequantize(q)["w"]
+    close(jaxq.quantized(fn)(q, x, 2, mode="none"), x @ w @ w)
 
 
 def test_out_of_bounds_look_ups_do_as_the_function_says():
@@ -222,4 +227,4 @@ def test_out_of_bounds_look_ups_do_as_the_function_says():
     ids = jnp.array([[0, 9], [12, -3]])
     for mode in ("fill", "clip", "wrap"):
         fn = lambda p, ids, mode=mode: jnp.take(p["e"], ids, axis=0, mode=mode)  # noqa: E731
-        np.testing.assert_array_equal(jaxq.quantized(fn)(q, ids), fn(jaxq.dequantize(q), ids))
+        np.testing.assert_array_equal(jax.jit(jaxq.quantized(fn))(q, ids), dense(fn, q, ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Layer(nn.Module):
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
-        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         return layers(name="layers")(x, None)[0]
 
 
@@ -59,7 +60,7 @@ class Language(nn.Module):
     def __call__(self, tokens):
         embed = nn.Embed(40, 16, name="embed")
         x = embed(tokens)
-        for i in range(3):
+        for i in range(2):
             x = Attention(name=f"block_{i}")(checkpoint_name(x, "block"))
         return embed.attend(checkpoint_name(x, "block"))
 
@@ -93,26 +94,32 @@ def _linen(module: nn.Module, x: Any, leaves: int) -> Case:
     return Case(module.apply, module.init(_key(), x), (x,), leaves)
 
 
+@functools.cache
 def dense() -> Case:
     return _linen(MLP(), _normal(1, 2, 7, 16), 2)
 
 
+@functools.cache
 def attention() -> Case:
     return _linen(Attention(), _normal(1, 2, 7, 16), 6)
 
 
+@functools.cache
 def scanned() -> Case:
     return _linen(Scanned(), _normal(1, 2, 7, 16), 6)
 
 
+@functools.cache
 def language() -> Case:
-    return _linen(Language(), jnp.arange(14).reshape(2, 7) % 40, 19)
+    return _linen(Language(), jnp.arange(14).reshape(2, 7) % 40, 13)
 
 
+@functools.cache
 def conv() -> Case:
     return _linen(Conv(), _normal(1, 2, 9, 9, 3), 3)
 
 
+@functools.cache
 def nnx_model() -> Case:
     graph, state = nnx.split(NNXModel(nnx.Rngs(0)))
 
@@ -124,6 +131,7 @@ def nnx_model() -> Case:
     return Case(apply, nnx.to_pure_dict(state), (_normal(1, 2, 7, 16),), 2)
 
 
+@functools.cache
 def equinox_model() -> Case:
     import equinox as eqx
 
@@ -136,6 +144,7 @@ def equinox_model() -> Case:
     return Case(apply, params, (_normal(1, 6, 16),), 3)
 
 
+@functools.cache
 def bare() -> Case:
     """Transposed, reshaped, cast and einsummed weights; a data-dependent branch and a loop."""
     params = {
@@ -156,6 +165,7 @@ def bare() -> Case:
     return Case(fn, params, (_normal(1, 2, 5, 16),), 4)
 
 
+@functools.cache
 def experts() -> Case:
     """A mixture of experts: a router, batched experts on all tokens, grouped experts on sorted tokens."""
     params = {
@@ -178,6 +188,7 @@ def experts() -> Case:
     return Case(fn, params, (_normal(1, 12, 16),), 4)
 
 
+@functools.cache
 def custom_rules() -> Case:
     """Products behind custom_jvp, custom_vjp, remat and nested jit."""
     params = {name: _normal(i, 16, 16) for i, name in enumerate("abcd")}
@@ -205,6 +216,7 @@ def custom_rules() -> Case:
     return Case(fn, params, (_normal(9, 5, 16),), 4)
 
 
+@functools.cache
 def indexed() -> Case:
     """Stacked layers taken by a Python index and by a loop counter."""
     params = {"layers": _normal(2, 3, 16, 16), "static": _normal(3, 2, 16, 16)}
@@ -223,6 +235,8 @@ CASES: dict[str, Callable[[], Case]] = {
     )
 }  # fmt: skip
 
+_chosen: dict[tuple[int, int], tuple[Case, dict[str, jaxq.Site]]] = {}
+
 
 def cast(case: Case, dtype: Any) -> Case:
     """The case with its floating parameters and arguments in another dtype."""
@@ -234,12 +248,17 @@ def cast(case: Case, dtype: Any) -> Case:
 
 
 def chosen(case: Case) -> dict[str, jaxq.Site]:
-    """{path: site} of the leaves that can be quantized."""
+    """{path: site} of the leaves that can be quantized; traced once."""
+    key = id(case.fn), id(case.params)
+    if key in _chosen:
+        return _chosen[key][1]
     out: dict[str, jaxq.Site] = {}
     for site in jaxq.sites(case.fn, case.params, *case.args):
         if site.in_axes and site.out_axes and site.kind != "product":
             if site.path not in out or out[site.path].kind == "embedding":
                 out[site.path] = site
+    # The case stays alive, and so its key stays its own.
+    _chosen[key] = case, out
     return out
 
 

@@ -44,9 +44,15 @@ def example(format: DenseSparse, *shape: int, layout: Layout | None = None) -> t
     return q, slow_matrix(q)
 
 
+@jax.jit
+def compiled(q: DenseSparseArray) -> jax.Array:
+    """The canonical matrix by one program; `matrix` itself runs one for every operation."""
+    return q.matrix(jnp.float32)
+
+
 def slow_matrix(q: DenseSparseArray) -> np.ndarray:
     """Base plus overlay, entry by entry."""
-    dense = np.array(q.base.matrix(jnp.float32))
+    dense = np.array(compiled(q.base))
     for lane in np.ndindex(*q.batch_shape):
         rows, values, starts, counts = (np.asarray(x[lane], np.float64) for x in q.overlay)
         for column in range(dense.shape[-1]):
@@ -59,11 +65,13 @@ def slow_matrix(q: DenseSparseArray) -> np.ndarray:
 @pytest.mark.parametrize("tokens", [(), (3,), (2, 40)], ids=str)
 def test_products(format, tokens):
     (q, dense), x = example(format, WIDTH, OUT), normal(*tokens, WIDTH, seed=1)
-    np.testing.assert_array_equal(q.dequantize(), dense)
-    for product in (x @ q, q.matmul(x), jax.jit(lambda q, x: x @ q)(q, x)):
-        np.testing.assert_allclose(product, x.astype(np.float64) @ dense, rtol=1e-5, atol=1e-5)
     half = jnp.asarray(x, jnp.bfloat16)
-    product = half @ q
+    whole, one, other, product = jax.jit(lambda q, x, y: (q.dequantize(), x @ q, q.matmul(x), y @ q))(q, x, half)
+    np.testing.assert_array_equal(whole, dense)
+    # One after the other, too: for one shape, since each operation is a program.
+    products = (one, other, x @ q, q.matmul(x)) if len(tokens) == 1 else (one, other)
+    for found in products:
+        np.testing.assert_allclose(found, x.astype(np.float64) @ dense, rtol=1e-5, atol=1e-5)
     assert product.dtype == jnp.bfloat16
     exact = np.asarray(half, np.float64) @ dense
     np.testing.assert_allclose(np.asarray(product, np.float64), exact, rtol=0.02, atol=0.02 * np.abs(exact).max())
@@ -72,12 +80,13 @@ def test_products(format, tokens):
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_embedding_look_up(format):
     q, dense = example(format, OUT, WIDTH, layout=Layout.of((OUT, WIDTH), (1,), (0,)))
-    ids = jnp.array([[0, 15, 15], [1, -1, 3]])
-    np.testing.assert_array_equal(q.dequantize(), dense.T)
-    np.testing.assert_array_equal(q[ids], dense.T[np.asarray(ids)])
-    np.testing.assert_array_equal(jax.jit(lambda q, i: q.take_out(i))(q, ids), dense.T[np.asarray(ids)])
-    np.testing.assert_array_equal(q[4], dense.T[4])
-    assert q.astype(jnp.bfloat16).take_out(ids).dtype == jnp.bfloat16
+    ids = np.array([[0, 15, 15], [1, -1, 3]])
+    whole, *found = jax.jit(lambda q, i: (q.dequantize(), q[i], q.take_out(i), q[4]))(q, ids)
+    np.testing.assert_array_equal(whole, dense.T)
+    for rows, want in zip(found, (ids, ids, 4), strict=True):
+        np.testing.assert_array_equal(rows, dense.T[want])
+    half = jax.eval_shape(lambda q, i: q.astype(jnp.bfloat16).take_out(i), q, ids)
+    assert half.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -85,15 +94,22 @@ def test_batch_axes_slice_scan_and_vmap(format):
     layout = Layout.of((OUT, 8, 6), (1, 2), (0,))
     (q, dense), x = example(format, 3, OUT, 8, 6, layout=layout), normal(2, WIDTH, seed=1)
     assert q.shape == (3, OUT, 8, 6) and q.batch_shape == (3,)
-    np.testing.assert_array_equal(q.matrix(), dense)
-    assert is_quantized(q[1]) and q[1].shape == (OUT, 8, 6)
-    np.testing.assert_array_equal(q[1].matrix(), dense[1])
-    _, layers = jax.lax.scan(lambda carry, layer: (carry, (layer.matrix(), layer.matmul(x))), 0, q)
-    np.testing.assert_array_equal(layers[0], dense)
-    np.testing.assert_allclose(layers[1], x @ dense, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(lambda q: q.matmul(x))(q), x @ dense, rtol=1e-5, atol=1e-5)
-    nested = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
-    np.testing.assert_array_equal(nested.matrix(), np.stack([dense, dense]))
+    np.testing.assert_array_equal(compiled(q), dense)
+    layer = q[1]
+    assert is_quantized(layer) and layer.shape == (OUT, 8, 6)
+    np.testing.assert_array_equal(compiled(layer), dense[1])
+
+    @jax.jit
+    def run(q, x):
+        _, layers = jax.lax.scan(lambda carry, layer: (carry, (layer.matrix(), layer.matmul(x))), 0, q)
+        return *layers, jax.vmap(lambda q: q.matmul(x))(q)
+
+    matrices, *products = run(q, x)
+    np.testing.assert_array_equal(matrices, dense)
+    for product in products:
+        np.testing.assert_allclose(product, x @ dense, rtol=1e-5, atol=1e-5)
+    nested = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), q)
+    np.testing.assert_array_equal(compiled(nested), np.stack([dense, dense]))
     with pytest.raises(JaxqError, match="index the batch axes away"):
         q.take_out(jnp.array([0]))
 
@@ -133,15 +149,16 @@ def test_sharded_along_out(format, kind, tokens):
     (q, dense), x, devices = example(format, WIDTH, OUT), normal(tokens, WIDTH, seed=1), mesh(kind)
     specs = q.partition_specs(P(None, "model"))
     placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(devices, spec)), q, specs)
-    np.testing.assert_array_equal(jax.jit(lambda q: q.dequantize())(placed), dense)
     for spec in (P(), P("data")):
         spread = jax.device_put(x, NamedSharding(devices, spec))
-        product = jax.jit(lambda x, q: x @ q)(spread, placed)
-        np.testing.assert_allclose(product, x @ dense, rtol=1e-5, atol=1e-5)
         mapped = jax.shard_map(
             lambda q, x: q.matmul(x), mesh=devices, in_specs=(specs, spec), out_specs=P(*spec or (None,), "model")
         )
-        np.testing.assert_allclose(jax.jit(mapped)(placed, spread), x @ dense, rtol=1e-5, atol=1e-5)
+        run = jax.jit(lambda q, x, mapped=mapped: (q.dequantize(), x @ q, mapped(q, x)))
+        whole, *products = run(placed, spread)
+        np.testing.assert_array_equal(whole, dense)
+        for product in products:
+            np.testing.assert_allclose(product, x @ dense, rtol=1e-5, atol=1e-5)
 
 
 def test_specs():
@@ -182,7 +199,8 @@ def test_quantized_function():
 
     reasons, ids = [], jnp.array([[1, 2, 3], [4, 19, 0]])
     out = jax.jit(jaxq.quantized(fn, lambda *why: reasons.append(why)))(params, ids)
-    np.testing.assert_allclose(out, fn(jaxq.dequantize(params), ids), rtol=1e-5, atol=1e-5)
+    want = jax.jit(lambda params, ids: fn(jaxq.dequantize(params), ids))(params, ids)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
     assert not reasons
 
 
@@ -228,7 +246,7 @@ def test_nested_formats_round_trip():
     q, _ = solve_split(
         lambda w, format, layout: solve_split(rtn, w, {}, format, layout=layout), normal(32, 8), {}, format
     )
-    np.testing.assert_array_equal(q.matrix(), slow_matrix(q))
+    np.testing.assert_array_equal(compiled(q), slow_matrix(q))
     assert str(dataclasses.replace(FORMATS[0], sparsity=0.0045)) == "uniform 3-bit g16 + 0.45% sparse"
 
 

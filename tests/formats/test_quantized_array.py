@@ -48,6 +48,12 @@ def slow_matrix(q: UniformArray) -> np.ndarray:
     return dense
 
 
+@jax.jit
+def compiled(q: UniformArray) -> jax.Array:
+    """The dense leaf by one program; `dequantize` itself runs one for every operation."""
+    return q.dequantize()
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_dequantize_against_bit_by_bit(format):
     q = rtn(normal(WIDTH, OUT), format)
@@ -69,8 +75,9 @@ def test_product_with_an_out_first_leaf_follows_numpy():
     leaf = normal(OUT, WIDTH)
     q = rtn(leaf, Uniform(8, None), layout=Layout.of(leaf.shape, (1,), (0,)))
     x = normal(3, OUT, seed=1)
-    np.testing.assert_allclose(x @ q, x @ q.dequantize(), rtol=1e-6)
-    np.testing.assert_allclose(x @ q, x @ leaf, atol=0.1)
+    product = x @ q
+    np.testing.assert_allclose(product, x @ compiled(q), rtol=1e-6)
+    np.testing.assert_allclose(product, x @ leaf, atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,7 @@ def test_logical_shape(shape, ins, outs):
     leaf = normal(4, *shape)
     q = rtn(leaf, Uniform(8, 9), layout=Layout.of(shape, ins, outs))
     assert q.shape == leaf.shape and q.ndim == leaf.ndim and q.size == leaf.size and q.dtype == leaf.dtype
-    np.testing.assert_allclose(q.dequantize(), leaf, atol=0.05)
+    np.testing.assert_allclose(compiled(q), leaf, atol=0.05)
     assert abstract(q) == jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
@@ -94,42 +101,43 @@ def test_logical_shape(shape, ins, outs):
 def test_embedding_look_up(format):
     table = normal(OUT, WIDTH)
     q = rtn(table, format, layout=Layout.of(table.shape, (1,), (0,)))
-    dense = np.asarray(q.dequantize())
-    ids = jnp.array([[0, 5, 5], [2, -1, 3]])
-    np.testing.assert_array_equal(q[ids], dense[np.asarray(ids)])
-    np.testing.assert_array_equal(jax.jit(lambda q, i: q[i])(q, ids), dense[np.asarray(ids)])
-    np.testing.assert_array_equal(q[2], dense[2])
-    np.testing.assert_array_equal(q[1:3], dense[1:3])
-    np.testing.assert_array_equal(q.take_out(ids), dense[np.asarray(ids)])
+    dense, ids = np.asarray(compiled(q)), jnp.array([[0, 5, 5], [2, -1, 3]])
+    found = jax.jit(lambda q, i: (q[i], q[2], q[1:3], q.take_out(i)))(q, ids)
+    for rows, want in zip((q[ids], *found), (ids, ids, 2, slice(1, 3), ids), strict=True):
+        np.testing.assert_array_equal(rows, dense[np.asarray(want) if isinstance(want, jax.Array) else want])
 
 
 def test_look_up_with_split_embedding_axes():
     table = normal(5, 7, 4)
-    q = rtn(table, Uniform(4, None), layout=Layout.of(table.shape, (2, 1), (0,)))
-    np.testing.assert_array_equal(q[jnp.array([3, 1])], q.dequantize()[jnp.array([3, 1])])
-    plain = rtn(normal(8, 3), Uniform(4, None))
-    np.testing.assert_array_equal(plain[jnp.array([3, 1])], plain.dequantize()[jnp.array([3, 1])])
+    ids = np.array([3, 1])
+    split = rtn(table, Uniform(4, None), layout=Layout.of(table.shape, (2, 1), (0,)))
+    for q in (split, rtn(normal(8, 3), Uniform(4, None))):
+        np.testing.assert_array_equal(jax.jit(lambda q: q[ids])(q), np.asarray(compiled(q))[ids])
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_batch_axes_slice_scan_and_vmap(format):
-    leaf = normal(3, 5, 10, OUT)
+    leaf = np.asarray(normal(3, 5, 10, OUT))
     layout = Layout.of((5, 10, OUT), (0, 1), (2,))
     q, x = rtn(leaf, format, layout=layout), normal(3, 2, WIDTH, seed=1)
     one_by_one = [rtn(leaf[i], format, layout=layout) for i in range(3)]
     for i in range(3):
-        assert is_quantized(q[i]) and q[i].shape == (5, 10, OUT)
-        np.testing.assert_array_equal(q[i].dequantize(), one_by_one[i].dequantize())
+        layer = q[i]
+        assert is_quantized(layer) and layer.shape == (5, 10, OUT)
+        np.testing.assert_array_equal(compiled(layer), compiled(one_by_one[i]))
 
     def body(carry, layer):
         assert layer.shape == (5, 10, OUT) and layer.batch_shape == ()
         return carry, (layer.dequantize(), x[0] @ layer.matrix(), layer.matmul(x[0]))
 
-    _, (dense, expected, product) = jax.lax.scan(body, 0, q)
-    np.testing.assert_array_equal(dense, q.dequantize())
+    @jax.jit
+    def run(q, x):
+        return jax.lax.scan(body, 0, q)[1], jax.vmap(lambda layer, x: layer.matmul(x))(q, x), q.matrix()
+
+    (dense, expected, product), mapped, matrix = run(q, x)
+    np.testing.assert_array_equal(dense, compiled(q))
     np.testing.assert_allclose(product, expected, rtol=1e-6)
-    mapped = jax.vmap(lambda layer, x: layer.matmul(x))(q, x)
-    np.testing.assert_allclose(mapped, jnp.einsum("bti,bio->bto", x, q.matrix()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mapped, np.einsum("bti,bio->bto", x, matrix), rtol=1e-5, atol=1e-5)
     with pytest.raises(JaxqError, match="index the batch axes away"):
         q.take_out(jnp.array([0]))
 
@@ -165,6 +173,7 @@ def test_gradient_of_scales(format):
         normal(3, WIDTH, seed=1),
     )
 
+    @jax.jit
     def loss(q):
         return jnp.sum((x @ q) ** 2)
 
@@ -196,13 +205,13 @@ def test_sharded_along_out(format, kind):
     specs = q.partition_specs(P(None, "model"))
     placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(devices, spec)), q, specs)
     x = jax.device_put(x, NamedSharding(devices, P()))
-    np.testing.assert_array_equal(jax.jit(lambda q: q.dequantize())(placed), q.dequantize())
-    product = jax.jit(lambda x, q: x @ q)(x, placed)
-    np.testing.assert_allclose(product, np.asarray(x) @ q, rtol=1e-5, atol=1e-5)
     mapped = jax.shard_map(
         lambda q, x: q.matmul(x), mesh=devices, in_specs=(specs, P()), out_specs=P(None, "model")
     )
-    np.testing.assert_allclose(jax.jit(mapped)(placed, x), product, rtol=1e-5, atol=1e-5)
+    dense, product, shards = jax.jit(lambda q, x: (q.dequantize(), x @ q, mapped(q, x)))(placed, x)
+    np.testing.assert_array_equal(dense, compiled(q))
+    np.testing.assert_allclose(product, np.asarray(x) @ np.asarray(compiled(q)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(shards, product, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +221,13 @@ def test_sharded_along_in(format):
     q, x, devices = rtn(normal(128, 16), format), normal(3, 128, seed=1), mesh(AxisType.Auto)
     specs = q.partition_specs(P("model", None), devices)
 
+    @jax.jit
     @partial(jax.shard_map, mesh=devices, in_specs=(specs, P(None, "model")), out_specs=P())
     def product(q, x):
         assert q.shape == (32, 16)
         return jax.lax.psum(q.matmul(x), "model")
 
-    np.testing.assert_allclose(product(q, x), x @ q, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(product(q, x), x @ compiled(q), rtol=1e-5, atol=1e-5)
 
 
 def test_specs_follow_layout_and_batch():
