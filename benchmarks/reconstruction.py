@@ -101,15 +101,14 @@ def main() -> None:
     whole = time.perf_counter() - start
     block = of_a_block(told, args.iterations)
     spent = phases([*told, (whole, "rest")])
-    print(
-        f"\n{jax.devices()[0].device_kind}, {args.model}, {args.depth} blocks, {args.recipe}, {args.samples} images"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"\n{device}, {args.model}, {args.depth} blocks, {args.recipe}, {args.samples} images")
     print(f"a block, {args.iterations} iterations of 32 images: {block:.1f} s")
     print(f"the whole run: {whole:.1f} s; " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items()))
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         versions = {"jax": jax.__version__, "jaxq": jaxq.__version__, "python": platform.python_version()}
-        found = {"settings": settings, "device": jax.devices()[0].device_kind, "versions": versions}
+        found: dict[str, Any] = {"settings": settings, "device": device, "versions": versions}
         found |= {"block_s": block, "whole_s": whole, "phases_s": spent}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
 
 @functools.cache
 def sizes(n: int) -> Sizes:
-    """Those of least work: segment costs, pairs of blocks, which take memory too, and 20 for gathering each pair."""
+    """Those of least work: segment costs, pairs of blocks (which take memory too), 20 to gather each pair."""
     root = math.isqrt(n) + 1
     options = (
         Sizes(block, group, -(-n // (block * group)))
@@ -181,7 +181,7 @@ class _Blocks:
         tails = self.suffix._replace(spread=split + self.suffix.spread)
         columns = jnp.arange(self.count, dtype=jnp.int32)[:, None]
 
-        # Tied to the tails, since XLA would move what it costs to join out of the loop over layers, where it is the
+        # Tied to the tails: XLA would move what it costs to join out of the loop over layers, where it is the
         # same, and keep all of it: slow on a CPU, too large anywhere.
         tied = jax.lax.optimization_barrier((tails, Moments(*(part[:, :: self.group] for part in self.between))))
         low = _running_max(_first_minimum(_cheapest(*tied)))
