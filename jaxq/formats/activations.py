@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxq import masks
 from jaxq.errors import JaxqError
 from jaxq.formats.base import quantized_pytree
 
@@ -177,7 +178,7 @@ def qdrop(
             return x_hat if probability else x
     if key is None:
         raise JaxqError(f"to quantize with probability {probability!r} takes a random key; give one, or use 1.0")
-    return jnp.where(jax.random.bernoulli(key, probability, x.shape), x_hat, x)
+    return jnp.where(masks.bernoulli(key, probability, x.shape), x_hat, x)
 
 
 @jax.custom_jvp

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxq import masks
 from jaxq.errors import JaxqError
 
 
@@ -211,7 +212,7 @@ def mixed(batch: Data, probability: float, key: Key[Array, ""]) -> PyTree:
     return jax.tree.unflatten(
         tree,
         [
-            jnp.where(jax.random.bernoulli(k, probability, q.shape), q, x)
+            jnp.where(masks.bernoulli(k, probability, q.shape), q, x)
             for k, q, x in zip(keys, leaves, floats, strict=True)
         ],
     )
