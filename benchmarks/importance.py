@@ -59,14 +59,26 @@ def correlations(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def one_image(maps: Maps, exact: Maps) -> list[float]:
-    """For each block, the mean over images of Spearman's correlation of an image's map with its own diagonal."""
+    """For each block, the mean over images of Spearman's correlation of an image's map with its own diagonal.
+
+    Images whose map is zero are left out: there, rounding happened to give both logits alike.
+    """
     out = []
     for path, want in exact.items():
         own = want.reshape(len(want), -1)
         live = own.max(axis=0) > 0
         pairs = zip(maps[path].reshape(own.shape)[:, live], own[:, live], strict=True)
-        out.append(float(np.mean([correlations(a, b)[0] for a, b in pairs])))
+        out.append(float(np.nanmean([correlations(a, b)[0] for a, b in pairs])))
     return out
+
+
+def plain(data: Any) -> Any:
+    """The same without nan, which JSON does not have."""
+    if isinstance(data, dict):
+        return {k: plain(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [plain(v) for v in data]
+    return None if data != data else data
 
 
 def table(title: str, rows: list[tuple[str, list[str]]], columns: list[str]) -> None:
@@ -185,7 +197,7 @@ def main() -> None:
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+        args.json.write_text(json.dumps(plain(out), indent=1) + "\n")
 
 
 if __name__ == "__main__":

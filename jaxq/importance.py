@@ -101,9 +101,10 @@ def importance(
                 total[path] = total[path] + value if path in total else value
     if not count:
         raise JaxqError("there are no batches to take an importance from: give at least one")
+    # What comes out of jit is sorted by path: the order asked for, or that of the function, says more.
     if reduction == "per_sample":
-        return {path: jnp.concatenate(values) for path, values in parts.items()}
-    return {path: value / count for path, value in total.items()}
+        return {path: jnp.concatenate(parts[path]) for path in chosen or ()}
+    return {path: total[path] / count for path in chosen or ()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))

@@ -167,6 +167,8 @@ def test_the_signed_mean_cancels(params, x):
 
 def test_all_at_once_is_one_by_one_and_batches_are_a_sum(params, x):
     whole = jaxq.importance(vit, params, [x], estimator="exact")
+    turned = jaxq.importance(vit, params, [x], paths=["block#2", "block"], estimator="exact")
+    assert list(turned) == ["block#2", "block"]
     for path, value in whole.items():
         alone = jaxq.importance(vit, params, [x[3:], x[:3]], paths=[path], estimator="exact")
         np.testing.assert_allclose(alone[path], value, rtol=1e-4, atol=1e-7)
