@@ -24,7 +24,7 @@ from jaxq.names import Activated, activations
 from jaxq.quantized import quantized
 
 ESTIMATORS = ("sampled_fisher", "gaussian", "exact", "row_sum", "finite_difference")
-REDUCTIONS = ("mean_abs", "mean_sq", "per_sample")
+REDUCTIONS = ("mean_abs", "mean_sq", "signed_mean", "per_sample")
 
 
 @jax.tree_util.register_dataclass
@@ -63,14 +63,16 @@ def importance(
             for comparison with the paper: "row_sum", G 1, and "finite_difference", what its code computes: the
             change of the KL's gradient between shifts of all elements by `step` and by -`step`.
         reduction: over the examples. "mean_abs": mean |g|, like a root of the diagonal, which the paper's code
-            amounts to. "mean_sq": mean g^2, the diagonal. "per_sample": |g| of every example.
+            amounts to. "mean_sq": mean g^2, the diagonal. "per_sample": |g| of every example. "signed_mean": mean
+            g, for comparison with the paper, whose equation of "finite_difference" takes no absolute value.
         temperature: T, softens p.
         key: of the random draws; default `jax.random.key(0)`.
         step: of "finite_difference".
 
     Returns {path: float32 array of the activation's shape without the batch axis}, or with all examples in front
-    for "per_sample". Time: a forward and a backward pass ("exact": classes, "finite_difference": 2, forward and
-    backward, for each path). Memory: the activations of a batch.
+    for "per_sample"; float64 where the activation is. Time: a forward and a backward pass ("exact": as many
+    backward passes as classes; "row_sum" and "finite_difference": 2, forward and backward, for each path). Memory:
+    the activations of a batch.
 
     Raises JaxqError for no batches, an unknown path, estimator or reduction.
     """
@@ -99,9 +101,10 @@ def importance(
                 total[path] = total[path] + value if path in total else value
     if not count:
         raise JaxqError("there are no batches to take an importance from: give at least one")
+    # What comes out of jit is sorted by path: the order asked for, or that of the function, says more.
     if reduction == "per_sample":
-        return {path: jnp.concatenate(values) for path, values in parts.items()}
-    return {path: value / count for path, value in total.items()}
+        return {path: jnp.concatenate(parts[path]) for path in chosen or ()}
+    return {path: total[path] / count for path in chosen or ()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
@@ -117,15 +120,16 @@ def _batch(
     key: Array,
 ) -> dict[str, Array]:
     """Sums over the examples of a batch, or every example."""
-    shapes = {name.path: name.shape for name in activations(fn, params, *args, cut="")}
-    unknown = [path for path in paths if path not in shapes]
+    known = {name.path: name for name in activations(fn, params, *args, cut="")}
+    unknown = [path for path in paths if path not in known]
     if unknown:
         raise JaxqError(f"no activation is named {unknown[0]!r}; see jaxq.activations")
-    zeros = {path: jnp.zeros(shapes[path], jnp.float32) for path in paths}
+    zeros = {path: jnp.zeros(known[path].shape, _at_least_float32(known[path].dtype)) for path in paths}
 
     def logits(probes: dict[str, Array]) -> Array:
         shifts = {path: Shift(probe) for path, probe in probes.items()}
-        return quantized(fn)(Activated(params, shifts), *args).astype(jnp.float32) / temperature
+        z = quantized(fn)(Activated(params, shifts), *args)
+        return z.astype(_at_least_float32(z.dtype)) / temperature
 
     z, pull = jax.vjp(logits, zeros)
     p = jax.nn.softmax(z, axis=-1)
@@ -145,10 +149,14 @@ def _batch(
     return jax.tree.map(functools.partial(_reduced, reduction), g)
 
 
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _reduced(reduction: str, g: Array) -> Array:
     if reduction == "per_sample":
         return jnp.abs(g)
-    return jnp.sum(jnp.abs(g) if reduction == "mean_abs" else jnp.square(g), axis=0)
+    return jnp.sum({"mean_abs": jnp.abs(g), "mean_sq": jnp.square(g), "signed_mean": g}[reduction], axis=0)
 
 
 def _exact(pull: Callable[..., Any], p: Array, zeros: dict[str, Array]) -> dict[str, Array]:
@@ -176,22 +184,25 @@ def _gradient(logits: Callable[..., Array], p: Array) -> Callable[..., Any]:
 
 def _row_sums(logits: Callable[..., Array], p: Array, zeros: dict[str, Array]) -> dict[str, Array]:
     gradient = _gradient(logits, p)
-
-    def one(path: str) -> Array:
-        along = {k: jnp.ones_like(v) if k == path else v for k, v in zeros.items()}
-        return jax.jvp(gradient, (zeros,), (along,))[1][path]
-
-    return {path: one(path) for path in zeros}
+    return _one_by_one(lambda ones: jax.jvp(gradient, (zeros,), (ones,))[1], zeros)
 
 
 def _differences(logits: Callable[..., Array], p: Array, zeros: dict[str, Array], step: float) -> dict[str, Array]:
     gradient = _gradient(logits, p)
 
-    def one(path: str) -> Array:
-        above, below = (
-            gradient({k: v + sign * step if k == path else v for k, v in zeros.items()})[path]
-            for sign in (1.0, -1.0)
-        )
-        return above - below
+    def difference(ones: dict[str, Array]) -> dict[str, Array]:
+        shift = {path: step * one for path, one in ones.items()}
+        return jax.tree.map(jnp.subtract, gradient(shift), gradient(jax.tree.map(jnp.negative, shift)))
 
-    return {path: one(path) for path in zeros}
+    return _one_by_one(difference, zeros)
+
+
+def _one_by_one(of: Callable[..., dict[str, Array]], zeros: dict[str, Array]) -> dict[str, Array]:
+    """{path: of(ones at this path, zeros at all others)[path]}."""
+
+    def add(i: Any, total: dict[str, Array]) -> dict[str, Array]:
+        found = of({path: zero + (i == n).astype(zero.dtype) for n, (path, zero) in enumerate(zeros.items())})
+        return {path: total[path] + jnp.where(i == n, found[path], 0) for n, path in enumerate(zeros)}
+
+    # A loop: written out, a network of a dozen blocks would be compiled a dozen times.
+    return jax.lax.fori_loop(0, len(zeros), add, zeros)

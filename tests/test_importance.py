@@ -1,5 +1,7 @@
 """The importance of activations against the exact Gauss-Newton matrix of small networks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +144,31 @@ def test_sampled_vectors_have_the_diagonal_for_their_mean_square(estimator, para
         assert abs(ratio.mean() - 1) < 0.03
 
 
+def test_differences_go_to_row_sums_in_float64(params, x):
+    with jax.enable_x64(True):
+        wide, images = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+        found = {
+            estimator: jaxq.importance(rms_vit, wide, [images], estimator=estimator, step=1e-4)
+            for estimator in ("row_sum", "finite_difference")
+        }
+        for path, rows in found["row_sum"].items():
+            assert rows.dtype == np.float64 and rows.max() > 0
+            np.testing.assert_allclose(found["finite_difference"][path] / 2e-4, rows, 1e-4, 1e-6 * rows.max())
+
+
+def test_the_signed_mean_cancels(params, x):
+    take = functools.partial(jaxq.importance, rms_vit, params, paths=["block"], estimator="row_sum")
+    each = [take([x[i : i + 1]], reduction="signed_mean")["block"] for i in range(5)]
+    np.testing.assert_allclose(np.abs(each[0]), take([x[:1]], reduction="mean_abs")["block"])
+    signed, absolute = (take([x], reduction=how)["block"] for how in ("signed_mean", "mean_abs"))
+    np.testing.assert_allclose(signed, np.mean(each, axis=0), 1e-4, 1e-5 * float(absolute.max()))
+    assert (np.abs(signed) < 0.99 * absolute).any()
+
+
 def test_all_at_once_is_one_by_one_and_batches_are_a_sum(params, x):
     whole = jaxq.importance(vit, params, [x], estimator="exact")
+    turned = jaxq.importance(vit, params, [x], paths=["block#2", "block"], estimator="exact")
+    assert list(turned) == ["block#2", "block"]
     for path, value in whole.items():
         alone = jaxq.importance(vit, params, [x[3:], x[:3]], paths=[path], estimator="exact")
         np.testing.assert_allclose(alone[path], value, rtol=1e-4, atol=1e-7)

@@ -8,6 +8,8 @@ the two. Parts that Swin shares are here too. Shapes: B images, N tokens, E widt
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,22 @@ from jaxq.models.vision_config import VisionConfig
 _INIT = nn.initializers.normal(0.02)
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """Where sums are taken: float32 for narrower dtypes, float64 for itself."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis (Ba et al. 2016), in float32, back to the dtype of x."""
+    """Layer norm over the last axis (Ba et al. 2016), in float32 at least, back to the dtype of x."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-        y = x.astype(jnp.float32)
+        wide = at_least_float32(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(wide)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(wide)
+        y = x.astype(wide)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale + bias).astype(x.dtype)
@@ -78,7 +86,7 @@ class MLP(nn.Module):
 
 
 class Classifier(nn.Module):
-    """x (B, E) -> float32 logits (B, K)."""
+    """x (B, E) -> logits (B, K) in float32 at least."""
 
     classes: int
 
@@ -86,8 +94,8 @@ class Classifier(nn.Module):
     def __call__(self, x: Float[Array, "B E"]) -> Float[Array, "B K"]:
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.classes))
         bias = self.param("bias", nn.initializers.zeros, (self.classes,))
-        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return y + bias.astype(jnp.float32)
+        wide = at_least_float32(x.dtype)
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide) + bias.astype(wide)
 
 
 class LayerScale(nn.Module):
@@ -105,7 +113,7 @@ def split_heads(x: Float[Array, "B N F"], heads: int) -> list[Float[Array, "B H 
 
 
 class Attention(nn.Module):
-    """Softmax attention over all tokens, scores in float32."""
+    """Softmax attention over all tokens, scores in float32 at least."""
 
     config: VisionConfig
 
@@ -114,7 +122,8 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = split_heads(Dense(3 * c.hidden_size, c.qkv_bias, name="qkv")(x), c.heads[0])
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        wide = at_least_float32(q.dtype)
+        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
         probs = checkpoint_name(jax.nn.softmax(scores, axis=-1).astype(v.dtype), "probs")
         y = jnp.einsum("bhnm,bhmd->bhnd", probs, v)
         return Dense(c.hidden_size, True, name="proj")(jnp.swapaxes(y, 1, 2).reshape(x.shape))
@@ -146,7 +155,7 @@ class Blocks(nn.Module):
 
 
 class ViT(nn.Module):
-    """images -> float32 logits, or the normed tokens where the config has no classes."""
+    """images -> logits, or the normed tokens where the config has no classes, in float32 at least."""
 
     config: VisionConfig
 
@@ -165,7 +174,7 @@ class ViT(nn.Module):
             return Classifier(c.classes, name="head")(x)
         x = LayerNorm(c.norm_eps, name="norm")(x)
         if not c.classes:
-            return x.astype(jnp.float32)
+            return x.astype(at_least_float32(x.dtype))
         if c.distilled_head:
             both = Classifier(c.classes, name="head")(x[:, 0]), Classifier(c.classes, name="head_dist")(x[:, 1])
             return (both[0] + both[1]) / 2

@@ -59,6 +59,10 @@ def test_against_float64_by_hand():
     expected = by_hand(VIT, params, images)
     assert logits.dtype == np.float32 and np.abs(expected).max() > 0.5
     assert np.abs(logits - expected).max() < 1e-5
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        exact = np.asarray(jax.jit(build(VIT, wide).apply)(wide, np.asarray(images, np.float64)))
+    assert exact.dtype == np.float64 and np.abs(exact - expected).max() < 1e-12
 
 
 @pytest.mark.parametrize("name", VARIANTS)
