@@ -33,12 +33,12 @@ def batches(model):
 @pytest.fixture(scope="module")
 def trained(model, batches):
     # Grids from few images, few iterations and a high rate, for time.
-    recipe = recipes.named("qdrop", weights=4, activations=4, iterations=30, images=8, rate=1e-2)
+    recipe = recipes.named("qdrop", weights=4, activations=4, iterations=16, images=8, rate=1e-2)
     return jaxq.quantize(model.apply, model.params, batches, recipe)
 
 
 def test_training_blocks_pays(model, batches, trained):
-    recipe = recipes.named("percentile", weights=4, activations=4, images=32)
+    recipe = recipes.named("percentile", weights=4, activations=4, images=16)
     static = jaxq.quantize(model.apply, model.params, batches, recipe)
     test = image_data.load("fashion-mnist", "test")[:2000]
     prepare = functools.partial(images.prepare, config=model.config)
@@ -46,7 +46,7 @@ def test_training_blocks_pays(model, batches, trained):
         evaluate.top1(model.apply, params, test.images, test.labels, prepare=prepare)["top1"]
         for params in (model.params, static.params, trained.params)
     )
-    # Measured: 94.15 against 90.80; with the images of seed 1 the static grids give 91.25.
+    # 94.65, 91.25 and 93.65; with the calibration images of seed 1: 91.05 and 93.45.
     assert qdrop > exact - 2
     assert qdrop > percentile + 1.5
 
@@ -71,5 +71,5 @@ def test_importance_is_a_root_of_the_diagonal_and_the_published_probe_is_zero(mo
         live = each.max(axis=0) > 0
         assert live.all() or live[0].all() and not live[1:].any()
         assert float(rows[path].mean()) < 1e-4 * np.square(each).mean()
-        # 0.97, 0.93 and 0.95
+        # 0.97, 0.95 and 0.96, and as much for seed 1.
         assert stats.spearmanr(np.asarray(drawn[path])[live], each.mean(axis=0)[live]).statistic > 0.9
