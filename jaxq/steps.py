@@ -122,8 +122,9 @@ class Reconstruct(Step):
     rounding, and biases). quantized: whether weights are rounded meanwhile.
     loss: of a block's output against the float one. "mse": squared. Squared and weighted by importance: "aph"
     (mean |g| over examples), "ph" (|g| of each), "hessian" (mean g^2), "brecq" (g^2 of the quantized network).
-    "fima" (FIMA-Q, of this rank), "least_squares" (LS-ViT). "global": squared, of the logits that the float blocks
-    behind make of it, and twice that of the output itself (after GLF-Q, which takes the features before the head).
+    "fima" (FIMA-Q, of this rank: its gradients are taken so often in the course of the training), "least_squares"
+    (LS-ViT). "global": squared, of the logits that the float blocks behind make of it, and twice that of the
+    output itself (after GLF-Q, which takes the features before the head).
     The last stage of a classifier is compared by the KL divergence of its logits. temperature: of the softmax of
     importances.
     iterations, batch, rate: of training; scale_rate: of the scales of activations, 0 to leave them.

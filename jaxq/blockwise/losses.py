@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,22 @@ def _both(rest: Sequence[Stage], leaves: Sequence[Any], outputs: list[Array], ta
 ERRORS = {"mse": squared, "fima": by_fima, "least_squares": by_least_squares}
 
 
+#: again(outputs of the block as it is now) -> (what all examples share from now on, the next `again`).
+Again = Callable[[Sequence[list[Array]]], tuple[Any, Any]]
+
+
+class Prepared(NamedTuple):
+    """What the loss of a block takes.
+
+    targets: of each example. shared: by all of them. again: for a loss that follows the training, as FIMA-Q does,
+    `rank` times in its course, the first time before it.
+    """
+
+    targets: dict[str, Any]
+    shared: Any = ()
+    again: Again | None = None
+
+
 class Loss:
     """The loss of every block of a step.
 
@@ -86,49 +102,48 @@ class Loss:
     def _classifies(self) -> bool:
         return len(self.teachers[-1].program.output_avals[0].shape) == 2
 
-    def prepare(
-        self, n: int, stage: Stage, own: Any, stream: blocks.Carries, wanted: Sequence[list[Array]]
-    ) -> tuple[dict[str, Any], Any]:
-        """(targets of each example, what all examples share) of block n, before it is trained.
+    def prepare(self, n: int, found: Callable[[], list[list[Array]]], wanted: Sequence[list[Array]]) -> Prepared:
+        """What the loss of block n takes, before it is trained.
 
-        own: its quantized leaves. stream: what reaches it. wanted: the float block's outputs.
+        found: gives the outputs of the quantized block. wanted: those of the float block.
         """
         targets: dict[str, Any] = {"value": blocks.joined(wanted)}
         if n + 1 == len(self.teachers) or self.step.loss == "mse":
-            return targets, ()
+            return Prepared(targets)
         if self.step.loss in AVERAGED:
-            return targets, self.importance[n]
+            return Prepared(targets, self.importance[n])
         if self.step.loss == "ph":
-            return targets | {"weight": self.importance[n]}, ()
+            return Prepared(targets | {"weight": self.importance[n]})
         if self.step.loss == "global":
-            return self._through_the_rest(n, stage, own, stream, targets)
-        deviations, gradients = self.deviations(n, stage, own, stream, wanted)
+            return self._through_the_rest(n, found(), targets)
+        deviations, gradients = self.deviations(n, found(), wanted)
         if self.step.loss == "fima":
-            return targets, fima.fit(deviations, gradients, self.step.rank)
+            rows = fima.Rows.of(deviations, gradients, self.step.rank)
+            return Prepared(targets, rows.terms(), functools.partial(self._next_row, n, wanted, rows))
         if self.step.loss == "least_squares":
-            return targets, least_squares_hessian.fit(deviations, gradients)
-        return targets | {"weight": jnp.square(gradients)}, ()
+            return Prepared(targets, least_squares_hessian.fit(deviations, gradients))
+        return Prepared(targets | {"weight": jnp.square(gradients)})
 
-    def _through_the_rest(
-        self, n: int, stage: Stage, own: Any, stream: blocks.Carries, targets: dict[str, Any]
-    ) -> tuple[dict[str, Any], Any]:
+    def _next_row(
+        self, n: int, wanted: Sequence[list[Array]], rows: fima.Rows, found: Sequence[list[Array]]
+    ) -> tuple[Any, Again]:
+        rows = rows.followed_by(*self.deviations(n, found, wanted))
+        return rows.terms(), functools.partial(self._next_row, n, wanted, rows)
+
+    def _through_the_rest(self, n: int, found: Sequence[list[Array]], targets: dict[str, Any]) -> Prepared:
         rest, leaves = self.teachers[n + 1 :], self.leaves[n + 1 :]
-        batch = len(blocks.live(stage, stream[0])[0])
+        batch = len(found[0][0])
         exact = targets["value"][0]
         parts = [exact[i : i + batch] for i in range(0, len(exact), batch)]
         targets = targets | {"logits": jnp.concatenate([self._logits(rest, leaves, x) for x in parts])}
-        first = _both(
-            rest, leaves, blocks.outputs(stage, own, stream[:1])[0], jax.tree.map(lambda x: x[:batch], targets)
-        )
-        values = jnp.stack(first)
-        return targets, {"leaves": leaves, "first": jnp.where(values > 0, values, 1.0)}
+        values = jnp.stack(_both(rest, leaves, found[0], jax.tree.map(lambda x: x[:batch], targets)))
+        return Prepared(targets, {"leaves": leaves, "first": jnp.where(values > 0, values, 1.0)})
 
     def deviations(
-        self, n: int, stage: Stage, own: Any, stream: blocks.Carries, wanted: Sequence[list[Array]]
+        self, n: int, found: Sequence[list[Array]], wanted: Sequence[list[Array]]
     ) -> tuple[Array, Array]:
         """(error of the quantized block's output, gradient of the KL divergence there), of each example."""
         rest, leaves = self.teachers[n + 1 :], self.leaves[n + 1 :]
-        found = blocks.outputs(stage, own, stream)
         misses, gradients = [], []
         for out, right in zip(found, wanted, strict=True):
             misses.append(out[0] - right[0])

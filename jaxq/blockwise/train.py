@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxq.formats.rounded_input import rounded_input
 from jaxq.formats.uniform import Uniform
 from jaxq.names import Activated
 from jaxq.solvers import adaround
-from jaxq.solvers.reconstruct import Data, Settings, reconstruct
+from jaxq.solvers.reconstruct import Data, Renew, Settings, reconstruct
 from jaxq.stages import Program, Stage
 from jaxq.steps import Reconstruct
 
@@ -43,17 +44,19 @@ def train(job: Job, work: Work, step: Reconstruct) -> Work:
         if spec.trains:
             run = runs.setdefault((stage.program.key, spec), functools.partial(run_block, stage.program, spec))
             trained, fixed = started(job, work, stage, spec, step)
-            targets, extra = loss.prepare(n, stage, leaves(job, work, stage), stream, wanted)
+            rounded_now = functools.partial(blocks.outputs, stage, leaves(job, work, stage), stream)
+            prepared = loss.prepare(n, rounded_now, wanted)
             floated = None if step.mixed == 1 else blocks.gathered(teacher, floats)
             found = reconstruct(
                 run,
                 loss.error(n),
                 adaround.gates_penalty if step.train == "rounding" else None,
                 trained,
-                fixed | {"loss": extra},
-                Data(blocks.gathered(stage, stream), floated, targets),
+                fixed | {"loss": prepared.shared},
+                Data(blocks.gathered(stage, stream), floated, prepared.targets),
                 _settings(step, batch),
                 key=jax.random.fold_in(job.key, n),
+                renew=_renewal(prepared.again, step, functools.partial(_outputs, stage, spec, stream)),
                 progress=functools.partial(_tell, job, n, len(pieces), step.iterations),
             )
             work = taken_back(work, stage, spec, fixed, found.trained)
@@ -64,10 +67,45 @@ def train(job: Job, work: Work, step: Reconstruct) -> Work:
     return work
 
 
+def _renewal(
+    again: losses.Again | None, step: Reconstruct, outputs: Callable[[Any, Any], list[list[Array]]]
+) -> Renew | None:
+    """Takes the loss along with the training, `rank` times in all, where the loss does that."""
+    if again is None:
+        return None
+    times = 1
+
+    def renew(trained: Any, fixed: dict[str, Any], done: int) -> dict[str, Any]:
+        nonlocal again, times
+        if again is not None and times < step.rank and done * step.rank >= times * step.iterations:
+            shared, again = again(outputs(trained, fixed))
+            fixed, times = fixed | {"loss": shared}, times + 1
+        return fixed
+
+    return renew
+
+
+def _outputs(stage: Stage, spec: Spec, stream: blocks.Carries, trained: Any, fixed: Any) -> list[list[Array]]:
+    """What the block gives for each batch where its training is, with all that is quantized."""
+    still = spec._replace(drop=1.0)
+    return [_output(stage.program, still, trained, fixed, blocks.live(stage, carry)) for carry in stream]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _output(program: Program, spec: Spec, trained: Any, fixed: Any, inputs: list[Any]) -> list[Any]:
+    return run_block(program, spec, trained, fixed, inputs, jax.random.key(0))
+
+
 def _settings(step: Reconstruct, batch: int) -> Settings:
     falling = ("scales",) if step.train == "rounding" else ("scales", "weights")
     rates = ((step.train, step.rate), ("scales", step.scale_rate))
-    return Settings(step.iterations, batch, rates, falling, step.mixed, chunk=min(500, step.iterations))
+    return Settings(step.iterations, batch, rates, falling, step.mixed, chunk=_chunk(step))
+
+
+def _chunk(step: Reconstruct) -> int:
+    """Steps between two looks: a loss that follows the training wants one whenever it moves on."""
+    most = -(-step.iterations // step.rank) if step.loss == "fima" else step.iterations
+    return min(500, most)
 
 
 def _tell(job: Job, n: int, count: int, iterations: int, done: int, error: float) -> None:

@@ -2,7 +2,7 @@
 
 FIMA-Q (Wu et al. CVPR 2025, arXiv 2506.11543). The divergence KL(p(O) || p(O + dO)) has no gradient at dO = 0, so
 that its gradient at the perturbed output is g = F dO to first order, with F the Fisher matrix. With |dO| and |g|
-averaged over groups of examples, the rows of Dbar and Gbar, and c = |output - target| of an example:
+averaged over the examples, once a refresh, the rows of Dbar and Gbar, and c = |output - target| of an example:
 
     low rank   (c Gbar^T) (Dbar Dbar^T)^-1 (c Gbar^T)^T       diagonal   sum_i mean|g|_i c_i^2
 
@@ -14,7 +14,6 @@ the least F with F Dbar^T = Gbar^T, so a form in F F^T, not in F. Neither scale 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ RIDGE = 1e-5
 
 
 class Averages(NamedTuple):
-    """|dO| and |g|, each row averaged over a group of examples; float32."""
+    """|dO| and |g|, averaged over the examples, each row at another time of the training; float32."""
 
     deviations: Float[Array, "rank d"]
     gradients: Float[Array, "rank d"]
@@ -48,41 +47,53 @@ class FimaTerms(NamedTuple):
     first: Float[Array, " 2"]
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "ridge"))
-def fit(
-    deviations: Float[Array, "N ..."],
-    gradients: Float[Array, "N ..."],
-    rank: int,
-    *,
-    ridge: float = RIDGE,
-) -> FimaTerms:
-    """The terms from one backward pass over the examples, which stand in `rank` groups of consecutive ones.
+class Rows(NamedTuple):
+    """Averages that get a row whenever the gradients are taken anew in the course of a training.
 
-    The authors' code has no groups. It makes a backward pass `rank` times in the course of the training, and each
-    gives a row averaged over all examples; for that, stack the rows of `average(..., 1)` and use `assemble`.
-
-    Args:
-        deviations: the quantized block's output minus the float block's. The authors' code runs all other blocks
-            in float for it.
-        gradients: of each example's own divergence (not of a batch's mean), at the quantized output.
-        rank: number of groups; their sizes differ by 1 if it does not divide N.
-        ridge: see `assemble`.
-
-    Raises JaxqError unless 1 <= rank <= N and the shapes are equal. Time: O(N d rank). Memory: a copy of either.
+    count: of the rows that there are; the others are zero. first: the deviations of the first row, over which the
+    terms are divided by their means.
     """
-    return assemble(average(deviations, gradients, rank), deviations, ridge=ridge)
+
+    averages: Averages
+    count: int
+    first: Float[Array, "N ..."]
+
+    @classmethod
+    def of(cls, deviations: Float[Array, "N ..."], gradients: Float[Array, "N ..."], rank: int) -> Rows:
+        """The first of `rank` rows.
+
+        Args:
+            deviations: the quantized block's output minus the float block's. The authors' code runs all other
+                blocks in float for it.
+            gradients: of each example's own divergence (not of a batch's mean), at the quantized output.
+            rank: rows in the end.
+
+        Raises JaxqError unless rank is at least 1 and the shapes are equal.
+        """
+        if rank < 1:
+            raise JaxqError(f"the low-rank term has at least one row, not {rank}")
+        rest = [(0, rank - 1), (0, 0)]
+        averages = Averages(*(jnp.pad(x, rest) for x in average(deviations, gradients)))
+        return cls(averages, 1, deviations)
+
+    def followed_by(self, deviations: Float[Array, "N ..."], gradients: Float[Array, "N ..."]) -> Rows:
+        """With the next row. Raises JaxqError if there are all."""
+        if self.count == len(self.averages.deviations):
+            raise JaxqError(f"the low-rank term has its {self.count} rows already")
+        new = average(deviations, gradients)
+        averages = Averages(*(x.at[self.count].set(row[0]) for x, row in zip(self.averages, new, strict=True)))
+        return Rows(averages, self.count + 1, self.first)
+
+    def terms(self) -> FimaTerms:
+        """See `assemble`."""
+        return assemble(self.averages, self.first)
 
 
-def average(deviations: Float[Array, "N ..."], gradients: Float[Array, "N ..."], groups: int) -> Averages:
-    """Mean |dO| and mean |g| of each group of consecutive examples."""
-    count = deviations.shape[0]
-    if gradients.shape != deviations.shape:
+def average(deviations: Float[Array, "N ..."], gradients: Float[Array, "N ..."]) -> Averages:
+    """Mean |dO| and mean |g| over the examples, one row each."""
+    if gradients.shape != deviations.shape or not len(deviations):
         raise JaxqError(f"deviations are {deviations.shape} and gradients {gradients.shape}: give one for each")
-    if not 1 <= groups <= count:
-        raise JaxqError(f"{count} examples cannot stand in {groups} groups")
-    member = jax.nn.one_hot(jnp.arange(count) * groups // count, groups, axis=0)
-    member = member / jnp.sum(member, axis=1, keepdims=True)
-    return Averages(*(jnp.matmul(member, _sizes(x), precision="highest") for x in (deviations, gradients)))
+    return Averages(*(jnp.mean(_sizes(x), axis=0, keepdims=True) for x in (deviations, gradients)))
 
 
 def assemble(averages: Averages, deviations: Float[Array, "N ..."], *, ridge: float = RIDGE) -> FimaTerms:

@@ -76,6 +76,10 @@ Error = Callable[[Any, Any, Any], Any]
 Penalty = Callable[[Any, Any], Any]
 
 
+#: renew(trained, fixed, iterations done) -> fixed, such as weights of the error that depend on where training is.
+Renew = Callable[[Any, Any, int], Any]
+
+
 class Trained(NamedTuple):
     """What reconstruction gives: the trained leaves, and the mean error of each chunk, not scaled."""
 
@@ -97,6 +101,7 @@ def reconstruct(
     settings: Settings = Settings(),  # noqa: B008
     *,
     key: Key[Array, ""] | None = None,
+    renew: Renew | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Trained:
     """Minimises error(run(trained, fixed, inputs, key), targets) over `trained`, by Adam.
@@ -109,6 +114,7 @@ def reconstruct(
         data: the examples, on the device for as long as it takes.
         settings: how long, and in which steps.
         key: of the draws; default `jax.random.key(0)`. Equal keys give equal results.
+        renew: called between chunks; what it gives takes the place of `fixed`, and has its structure and shapes.
         progress: called with (steps done, mean error of the last chunk).
 
     Raises JaxqError for groups without a rate, data without examples, and an error that is not finite. Time:
@@ -135,6 +141,8 @@ def reconstruct(
             raise JaxqError(f"the error of reconstruction is {float(mean)} after {done} steps: use smaller rates")
         if progress is not None:
             progress(done, errors[-1])
+        if renew is not None and done < settings.iterations:
+            fixed = renew(state.trained, fixed, done)
     return Trained(state.trained, errors)
 
 

@@ -53,7 +53,7 @@ def test_gradients_of_the_quantized_block(vit, images, work, loss):
     carries = blocks.advanced(loss.teachers[0], carries, blocks.outputs(loss.teachers[0], loss.leaves[0], carries))
     wanted = blocks.outputs(stage, loss.leaves[1], carries)
     rough = jax.tree.map(lambda x: jnp.round(4 * x) / 4, loss.leaves[1])
-    deviations, gradients = loss.deviations(1, stage, rough, carries, wanted)
+    deviations, gradients = loss.deviations(1, blocks.outputs(stage, rough, carries), wanted)
     whole = jnp.concatenate([jnp.asarray(x) for x in images])
     exact = vit.apply(vit.params, whole)
 

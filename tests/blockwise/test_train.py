@@ -93,6 +93,18 @@ def test_other_losses_help_too(calibrated, loss):
     assert divergence(job, done) < 0.85 * divergence(job, work)
 
 
+def test_fima_follows_the_training(calibrated, monkeypatch):
+    job, work = calibrated
+    seen = []
+    real = train.losses.fima.Rows.followed_by
+    monkeypatch.setattr(
+        train.losses.fima.Rows, "followed_by", lambda rows, *new: seen.append(rows.count) or real(rows, *new)
+    )
+    train.train(job, work, dataclasses.replace(FAST, loss="fima", rank=3, iterations=10))
+    # Two blocks and the embedding; the head is compared by its logits.
+    assert seen == [1, 2] * 3
+
+
 def test_relu_in_place_of_gelu(begun, relu):
     job, work, recipe = begun("aphq-vit", student=relu.apply, iterations=150, batch=8)
     step = dataclasses.replace(recipe.steps[0], rate=2e-3, batch=8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxq.errors import JaxqError
-from jaxq.solvers.fima import RIDGE, Averages, assemble, average, error, fit
+from jaxq.solvers.fima import RIDGE, Averages, Rows, assemble, average, error
 
 N, SHAPE = 12, (3, 5)
 
@@ -18,6 +18,15 @@ def problem(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     moved, g = rng.normal(size=(N, *SHAPE)), scale * rng.normal(size=(N, *SHAPE))
     return moved.astype(np.float32), g.astype(np.float32)
+
+
+def fit(moved, g, rank):
+    """The terms whose rows are of groups of consecutive examples, in the place of later times."""
+    groups = [np.arange(N) * rank // N == k for k in range(rank)]
+    rows = Rows.of(moved[groups[0]], g[groups[0]], rank)
+    for group in groups[1:]:
+        rows = rows.followed_by(moved[group], g[group])
+    return assemble(rows.averages, moved)
 
 
 def oracle(moved, g, rank):
@@ -71,7 +80,7 @@ def test_rows_that_are_equal_or_zero_do_no_harm():
     """The plain inverse of the published code does not exist here."""
     moved, g = problem(2)
     one = fit(moved, g, 1)
-    rows = average(moved, g, 1)
+    rows = average(moved, g)
     equal = assemble(Averages(*(jnp.tile(x, (3, 1)) for x in rows)), moved)
     padded = assemble(Averages(*(jnp.pad(x, ((0, 2), (0, 0))) for x in rows)), moved)
     for other in (equal, padded):
@@ -81,14 +90,19 @@ def test_rows_that_are_equal_or_zero_do_no_harm():
 
 
 def test_rows_of_several_passes():
-    """The published schedule: each pass is a row."""
+    """Each pass is a row, and what the error is divided by is that of the first deviations."""
     (moved, g), (later, later_g) = problem(3), problem(4)
-    rows = [average(moved, g, 1), average(later, later_g, 1)]
-    terms = assemble(jax.tree.map(lambda *x: jnp.concatenate(x), *rows), later)
-    together = fit(np.concatenate([moved, later]), np.concatenate([g, later_g]), 2)
-    np.testing.assert_allclose(terms.root @ terms.root.T, together.root @ together.root.T, rtol=1e-4)
-    np.testing.assert_allclose(terms.diagonal, together.diagonal, rtol=1e-6)
-    assert float(error(later, jnp.zeros_like(later), terms)) == pytest.approx(2, rel=1e-5)
+    rows = Rows.of(moved, g, 3)
+    assert float(error(moved, jnp.zeros_like(moved), rows.terms())) == pytest.approx(2, rel=1e-5)
+    rows = rows.followed_by(later, later_g)
+    both = [average(moved, g), average(later, later_g)]
+    want = assemble(jax.tree.map(lambda *x: jnp.concatenate(x), *both), moved)
+    for batch in (moved, later):
+        np.testing.assert_allclose(error(batch, 0 * batch, rows.terms()), error(batch, 0 * batch, want), rtol=1e-4)
+    assert jax.tree.map(jnp.shape, rows.terms()) == jax.tree.map(jnp.shape, Rows.of(moved, g, 3).terms())
+    rows = rows.followed_by(later, later_g)
+    with pytest.raises(JaxqError, match="has its 3 rows already"):
+        rows.followed_by(later, later_g)
 
 
 def test_scales_and_order_within_groups_change_nothing():
@@ -120,9 +134,8 @@ def test_derivative_is_finite_also_at_the_target():
 
 def test_bad_input_is_refused():
     moved, g = problem(9)
-    with pytest.raises(JaxqError, match="12 examples cannot stand in 13 groups"):
-        fit(moved, g, 13)
-    with pytest.raises(JaxqError, match="12 examples cannot stand in 0 groups"):
-        fit(moved, g, 0)
-    with pytest.raises(JaxqError, match="give one for each"):
-        fit(moved, g[:, :2], 1)
+    with pytest.raises(JaxqError, match="at least one row, not 0"):
+        Rows.of(moved, g, 0)
+    for wrong in ((moved, g[:, :2]), (moved[:0], g[:0])):
+        with pytest.raises(JaxqError, match="give one for each"):
+            Rows.of(*wrong, 1)
