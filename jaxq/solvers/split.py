@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray
 from jaxq.formats.dense_sparse import DenseSparse, DenseSparseArray, compress
+from jaxq.largest import largest
 from jaxq.solvers.common import all_finite, check, matrices
 
 
@@ -42,8 +43,8 @@ def select(
 
 
 def _largest(score: Float[Array, "in out"], count: int) -> Bool[Array, "in out"]:
-    """Exactly `count` of the largest, the first of equal ones: `top_k` promises that order."""
-    places = jax.lax.top_k(score.reshape(-1), count)[1]
+    """Exactly `count` of the largest, the first of equal ones."""
+    places = largest(score.reshape(-1), count)
     return jnp.zeros(score.size, bool).at[places].set(True).reshape(score.shape)
 
 
