@@ -94,7 +94,7 @@ class Settings:
 SETTINGS = {
     "deit_tiny": Settings("deit_tiny", patch=4, epochs=80, drop=0.05),
     "deit_small": Settings("deit_small", patch=4, epochs=80, drop=0.1, rate=5e-4),
-    "swin_tiny": Settings("swin_tiny", patch=2, epochs=60, drop=0.1, rate=5e-4),
+    "swin_tiny": Settings("swin_tiny", patch=2, epochs=100, drop=0.1, rate=5e-4),
 }
 TOY: dict[str, Any] = dict(smoke=True, epochs=8, batch=50, rate=3e-3, warmup=1.0, drop=0.05, mixed=0.2)
 
