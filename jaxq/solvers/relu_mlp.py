@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from jaxq.errors import JaxqError
-from jaxq.solvers.reconstruct import Data, Settings, reconstruct
+from jaxq.solvers.reconstruct import Data, Settings, reconstruct, reconstruct_together
 
 #: Hidden activations at a time, when the bound is sought: 64 MiB of them, a few times.
 CHUNK = 2**24
@@ -35,6 +35,34 @@ class MLPWeights(NamedTuple):
     fc1_bias: Float[Array, " F"]
     fc2_kernel: Float[Array, "F E"]
     fc2_bias: Float[Array, " E"]
+
+
+class Problem(NamedTuple):
+    """One MLP to be fitted, ready for `reconstruct`: members in float32."""
+
+    weights: MLPWeights
+    fixed: dict[str, Array]
+    data: Data
+
+
+def problem(
+    kernels: MLPWeights,
+    inputs: Float[Array, "N *tokens E"],
+    targets: Float[Array, "N *tokens E"],
+    importance: Float[Array, "*tokens E"] | None = None,
+    *,
+    percentile: float = 0.99,
+    alpha: float = 2.0,
+) -> Problem:
+    """What `fit_together` takes of each MLP. Arguments and errors as of `fit`."""
+    _check(kernels, inputs, targets, importance)
+    own = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), kernels)
+    fixed = {
+        "importance": normalized(jnp.ones(inputs.shape[1:]) if importance is None else importance),
+        "bound": jnp.float32(bound(own, inputs, percentile)),
+        "alpha": jnp.float32(alpha),
+    }
+    return Problem(own, fixed, Data(jnp.asarray(inputs, jnp.float32), None, jnp.asarray(targets, jnp.float32)))
 
 
 def fit(
@@ -71,14 +99,34 @@ def fit(
     (0, 1], an MLP without a positive activation, and whatever `reconstruct` raises for. Time: that of
     `reconstruct`, and two passes through fc1 for u.
     """
-    _check(kernels, inputs, targets, importance)
-    own = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), kernels)
-    fixed = {
-        "importance": normalized(jnp.ones(inputs.shape[1:]) if importance is None else importance),
-        "bound": jnp.float32(bound(own, inputs, percentile)),
-        "alpha": jnp.float32(alpha),
-    }
-    settings = Settings(
+    weights, fixed, data = problem(kernels, inputs, targets, importance, percentile=percentile, alpha=alpha)
+    settings = _settings(iterations, batch, rate, chunk)
+    found = reconstruct(run, error, None, {"weights": weights}, fixed, data, settings, key=key, progress=progress)
+    return jax.tree.map(lambda x, given: x.astype(given.dtype), found.trained["weights"], kernels), found.errors
+
+
+def fit_together(
+    problems: Sequence[Problem],
+    *,
+    iterations: int = 20000,
+    batch: int = 32,
+    rate: float = 4e-5,
+    keys: Key[Array, " problems"],
+    progress: Callable[[int, float], None] | None = None,
+    chunk: int = 500,
+) -> tuple[list[MLPWeights], list[float]]:
+    """`fit` of several MLPs of one shape side by side, a key each: weights in float32, and mean errors of all."""
+    weights, fixed, data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    settings = _settings(iterations, batch, rate, chunk)
+    found = reconstruct_together(
+        run, error, None, {"weights": weights}, fixed, data, settings, keys=keys, progress=progress
+    )
+    new = found.trained["weights"]
+    return [jax.tree.map(lambda x, n=n: x[n], new) for n in range(len(problems))], found.errors
+
+
+def _settings(iterations: int, batch: int, rate: float, chunk: int) -> Settings:
+    return Settings(
         iterations=iterations,
         batch=batch,
         rates=(("weights", rate),),
@@ -87,9 +135,6 @@ def fit(
         scale=None,
         chunk=chunk,
     )
-    data = Data(jnp.asarray(inputs, jnp.float32), None, jnp.asarray(targets, jnp.float32))
-    found = reconstruct(run, error, None, {"weights": own}, fixed, data, settings, key=key, progress=progress)
-    return jax.tree.map(lambda x, given: x.astype(given.dtype), found.trained["weights"], kernels), found.errors
 
 
 def run(

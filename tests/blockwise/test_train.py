@@ -127,6 +127,22 @@ def _against_the_float_function(job, work, **rounds):
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
 
 
+def test_mlps_side_by_side(begun, relu, monkeypatch):
+    job, work, recipe = begun("aphq-vit", student=relu.apply, iterations=20, batch=8)
+    step = dataclasses.replace(recipe.steps[0], rate=2e-3, batch=8)
+    alone = mlp.relu_mlp(job, work, step)
+    told = []
+    monkeypatch.setattr(mlp, "_fits", lambda *_: True)
+    together = mlp.relu_mlp(
+        dataclasses.replace(job, tell=lambda text, share: told.append((text, share))), work, step
+    )
+    for path in alone.params:
+        np.testing.assert_allclose(alone.params[path], together.params[path], atol=1e-5, err_msg=path)
+    trained = [(text, share) for text, share in told if "/20, " in text]
+    assert len(trained) == 1 and trained[0][0].startswith("MLPs of blocks 2 to 3 of 4, 20/20, error ")
+    assert trained[0][1] == pytest.approx(3 / 4)
+
+
 def test_relu_needs_a_student(begun):
     job, work, recipe = begun("aphq-vit")
     with pytest.raises(JaxqError, match="give student="):

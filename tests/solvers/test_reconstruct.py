@@ -8,7 +8,7 @@ import pytest
 from jaxq.errors import JaxqError
 from jaxq.formats.uniform import Uniform, fit_mse, split_groups
 from jaxq.solvers import adaround
-from jaxq.solvers.reconstruct import Data, Settings, mixed, reconstruct
+from jaxq.solvers.reconstruct import Data, Settings, mixed, reconstruct, reconstruct_together
 
 FORMAT = Uniform(2, None, scale_dtype="float32")
 SETTINGS = Settings(iterations=1500, batch=16, rates=(("rounding", 2e-2),), cosine=(), mixed=1.0, chunk=500)
@@ -146,3 +146,22 @@ def test_bad_input_is_refused(problem):
         Settings(cosine=("gains",))
     with pytest.raises(JaxqError, match="at least one"):
         Settings(batch=0)
+
+
+def test_blocks_side_by_side_are_checked(problem):
+    a, data, fixed = problem
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), (a.alpha, fixed, data))
+    with pytest.raises(JaxqError, match="16 examples of 3 blocks"):
+        reconstruct_together(
+            run,
+            squared,
+            None,
+            {"rounding": two[0]},
+            *two[1:],
+            SETTINGS,
+            keys=jax.random.split(jax.random.key(0), 3),
+        )
+    with pytest.raises(JaxqError, match="there are rates for"):
+        reconstruct_together(
+            run, squared, None, {"gain": two[0]}, *two[1:], SETTINGS, keys=jax.random.split(jax.random.key(0), 2)
+        )

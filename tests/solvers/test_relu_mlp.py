@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxq.errors import JaxqError
 from jaxq.solvers import reconstruct, relu_mlp
-from jaxq.solvers.relu_mlp import MLPWeights, bound, clamped, error, fit, normalized, run
+from jaxq.solvers.relu_mlp import MLPWeights, bound, clamped, error, fit, fit_together, normalized, run
 
 N, T, E, F = 24, 3, 5, 8
 QUICK = dict(iterations=100, batch=8, rate=2e-3, chunk=50)
@@ -139,6 +139,25 @@ def test_equal_shapes_compile_once_and_dtypes_stay():
     half = MLPWeights(*(w.astype(jnp.bfloat16) for w in weights))
     new, _ = fit(half, x, targets, **QUICK)
     assert all(w.dtype == jnp.bfloat16 for w in new)
+
+
+def test_side_by_side_as_one_by_one():
+    keys = jax.random.split(jax.random.key(3), 2)
+    given = [problem(seed, size) for seed, size in ((8, 1.0), (9, 0.5))]
+    targets = [gelu_mlp(weights, x)[1] for weights, x in given]
+    alone = [
+        fit(weights, x, y, percentile=0.9, key=key, **QUICK)
+        for (weights, x), y, key in zip(given, targets, keys, strict=True)
+    ]
+    ready = [
+        relu_mlp.problem(weights, x, y, percentile=0.9) for (weights, x), y in zip(given, targets, strict=True)
+    ]
+    seen = []
+    found, errors = fit_together(ready, keys=keys, progress=lambda *at: seen.append(at), **QUICK)
+    for (one, _), other in zip(alone, found, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
+    np.testing.assert_allclose(errors, np.mean([e for _, e in alone], axis=0), rtol=1e-4)
+    assert seen == [(50, errors[0]), (100, errors[1])]
 
 
 def test_bad_input_is_refused():
