@@ -14,7 +14,9 @@ after the final norm. Data is Fashion-MNIST, resized to --size pixels. Columns:
 Heads are ridge regressions in closed form on the first --train training images. Losses weighted by importance need
 logits: they see the function head(features(x)) with the head of the float features. It stands in the function as a
 constant in float, is never quantized, and is all that ever depends on labels; the other recipes take nothing from
-it. Calibration images are drawn from the training images behind those --train.
+it. The last step of jaxq-vit holds on to nothing but those logits, which leaves features free to drift where the
+head does not look; "jaxq-vit, tokens" therefore holds on to the tokens themselves, by squares, and sees no head.
+Calibration images are drawn from the training images behind those --train.
 
 A seed draws the calibration images and everything random of a recipe. Rows that OUT.json has already are not run
 again, so an interrupted run goes on where it stopped.
@@ -55,7 +57,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "aphq-vit": ("aphq-vit", {}),
     "ias-vit": ("ias-vit", {}),
     "jaxq-vit": ("jaxq-vit", {}),
+    "jaxq-vit, tokens": ("jaxq-vit", {"relu": False, "loss": "mse"}),
 }
+
+#: Methods that see the model's own outputs, its tokens, and no head.
+HEADLESS = ("jaxq-vit, tokens",)
 
 SCORES = ("probe", "refit", "knn", "cosine")
 RIDGES = np.logspace(-6, 2, 17)  # over the largest eigenvalue of the features' covariance
@@ -228,7 +234,7 @@ def main() -> None:
         known["rows"].append(row)
         scores = "  ".join(f"{name} {row[name]:{'.4f' if name == 'cosine' else '5.1f'}}" for name in SCORES)
         print(
-            f"{row['method']:15s} W{row['weights']}A{row['activations']} seed {row['seed']}  {scores}  "
+            f"{row['method']:16s} W{row['weights']}A{row['activations']} seed {row['seed']}  {scores}  "
             f"{row['seconds']:7.1f} s",
             flush=True,
         )
@@ -252,9 +258,10 @@ def main() -> None:
                     continue
                 recipe = recipe_of(method, weights, activations, args.iterations)
                 student = relu if any(isinstance(step, ReluMLP) for step in recipe.steps) else model
+                fn = model.apply if method in HEADLESS else functions[model]
                 start = time.perf_counter()
                 result = jaxq.quantize(
-                    functions[model], model.params, batches, recipe, seed=seed,
+                    fn, model.params, batches, recipe, seed=seed,
                     student=None if student is model else functions[student],
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
