@@ -137,7 +137,7 @@ def recipe_of(method: str, weights: int, activations: int, iterations: int) -> j
     """The recipe; where it trains, for `iterations`, or for its own number if that is less, as of ias-vit."""
     name, settings = METHODS[method]
     recipe = recipes.named(name, weights=weights, activations=activations, **settings)
-    own = [step.iterations for step in recipe.steps if isinstance(step, Reconstruct)]
+    own = [step.iterations for step in recipe.steps if isinstance(step, Reconstruct) and not step.whole]
     if own:
         settings = settings | {"iterations": min(iterations, *own)}
     return recipes.named(name, weights=weights, activations=activations, **settings)
