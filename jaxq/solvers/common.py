@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
@@ -52,3 +54,20 @@ def check_weights(finite: Bool[Array, "*batch"], representable: Bool[Array, "*ba
 def all_finite(x: Array) -> Bool[Array, "*batch"]:
     """Whether each matrix `(batch..., rows, columns)` is finite."""
     return jnp.isfinite(x).all(axis=(-2, -1))
+
+
+class Jitted:
+    """`jax.jit` with compiler options of GPUs, as `on_gpu`; `plain` is without.
+
+    Inside another transformation options are the caller's, and none are given. No keyword arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any], static: tuple[int, ...], options: dict[str, Any]):
+        self.static = static
+        self.plain = jax.jit(function, static_argnums=static)
+        self.on_gpu = jax.jit(function, static_argnums=static, compiler_options=options)
+
+    def __call__(self, *args: Any) -> Any:
+        free = [arg for n, arg in enumerate(args) if n not in self.static]
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(free))
+        return (self.on_gpu if not traced and jax.default_backend() == "gpu" else self.plain)(*args)

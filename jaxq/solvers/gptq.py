@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray
 from jaxq.formats.uniform import Uniform, UniformArray, assemble, split_groups
-from jaxq.solvers.common import RANGES, all_finite, canonical, check, check_weights
+from jaxq.solvers.common import RANGES, Jitted, all_finite, canonical, check, check_weights
 from jaxq.solvers.factor import completions, factorize, normalize
 from jaxq.solvers.schedule import Schedule, plan
 from jaxq.solvers.walk import Grid, Walk, on_uniform_grid
@@ -122,23 +121,12 @@ def _checked(
                         f"not {order!r} and {groups!r}")  # fmt: skip
     if not 0 <= damping < np.inf:
         raise JaxqError(f"damping {damping} is not a number from 0 up")
-    traced = any(isinstance(x, Tracer) for x in (matrix, hessian, damping))
-    solve = _compiled(None if traced else jax.default_backend())
-    array, used, finite, representable, sound = solve(
+    array, used, finite, representable, sound = _jitted(
         matrix, hessian, jnp.float32(damping), format, order, groups, range, layout or Layout()
     )
     check_weights(finite, representable, format)
     check(sound, "the Hessian holds NaN or infinite values; look at the activations that it was built from")
     return array, used
-
-
-@functools.cache
-def _compiled(backend: str | None) -> Callable[..., Any]:
-    """The jitted solve; backend None inside another transformation, where options are the caller's."""
-    # A search for the fastest of each small product would take a GPU 8 s of an 11 s compilation, and halve a run
-    # of 25 ms (H100, 4096 x 4096): a model has too few matrices of a shape to earn that back.
-    options = {"xla_gpu_autotune_level": 0} if backend == "gpu" else None
-    return jax.jit(_solve_batch, static_argnums=(3, 4, 5, 6, 7), compiler_options=options)
 
 
 def _solve_batch(
@@ -160,6 +148,11 @@ def _solve_batch(
     codes, (scale, zero), used = solve(w.astype(jnp.float32), hessian)
     array = assemble(codes, scale, zero, format, layout, w.dtype)
     return array, used, all_finite(w), all_finite(array.scale), all_finite(hessian)
+
+
+# A search for the fastest of each small product would take a GPU 8 s of an 11 s compilation, and halve a run of
+# 25 ms (H100, 4096 x 4096): a model has too few matrices of a shape to earn that back.
+_jitted = Jitted(_solve_batch, (3, 4, 5, 6, 7), {"xla_gpu_autotune_level": 0})
 
 
 def _solve(

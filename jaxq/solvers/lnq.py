@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
 from jaxq.formats.codebook import Codebook, CodebookArray, assemble, lookup, nearest, representable, store
-from jaxq.solvers.common import all_finite, check, matrices
+from jaxq.solvers.common import Jitted, all_finite, check, matrices
 from jaxq.solvers.descent import descend, descent_coupling, energy, product, schedule_for
 from jaxq.solvers.factor import factorize, normalize
 from jaxq.solvers.gptq import DEFAULT_DAMPING
@@ -139,14 +139,12 @@ def _checked(
     for name, count in (("rounds", rounds), ("sweeps", sweeps)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise JaxqError(f"{name} is a whole number from 0 up, not {count!r}")
-    traced = any(isinstance(x, Tracer) for x in (matrix, hessian, importance, frozen, damping))
     if not isinstance(damping, Tracer) and not 0 <= damping < np.inf:
         raise JaxqError(f"damping {damping} is not a number from 0 up")
     chunk = chunk_of(in_size, out_size // groups, format.entries, math.prod(batch) * groups)
     settings = Settings(format, rounds, sweeps, start, chunk)
-    solve = _compiled(None if traced else jax.default_backend())
     tables, importance_sound = _first_tables(matrix, hessian, importance, frozen, groups, format.entries)
-    array, used, sound = solve(
+    array, used, sound = _jitted(
         matrix, hessian, tables, frozen, jnp.float32(damping), settings, groups, layout or Layout()
     )
     check(sound["w"], "the weights hold NaN or infinite values; repair the checkpoint or leave this weight dense")
@@ -213,14 +211,6 @@ def _first_tables(
     return _each(fit, w, hessian)(*pieces), sound
 
 
-@functools.cache
-def _compiled(backend: str | None) -> Callable[..., Any]:
-    """The jitted solve; backend None inside another transformation, where options are the caller's."""
-    # As for GPTQ: a search for the fastest of each small product costs a GPU more than it can earn back.
-    options = {"xla_gpu_autotune_level": 0} if backend == "gpu" else None
-    return jax.jit(_solve_batch, static_argnums=(5, 6, 7), compiler_options=options)
-
-
 def _solve_batch(
     w: Array,
     hessian: Array,
@@ -254,6 +244,10 @@ def _solve_batch(
         "table": representable(table, settings.format),
     }
     return assemble(codes, table, settings.format, layout, w.dtype), diagnostics, sound
+
+
+# As for GPTQ: a search for the fastest of each small product costs a GPU more than it can earn back.
+_jitted = Jitted(_solve_batch, (5, 6, 7), {"xla_gpu_autotune_level": 0})
 
 
 def _split(x: Array | None, groups: int) -> Array | None:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.activations import AffineQuantizer, check_bits
 from jaxq.formats.log_activations import LogQuantizer, ShiftLogQuantizer, shifted_log
-from jaxq.solvers.common import check
+from jaxq.solvers.common import Jitted, check
 from jaxq.solvers.samples import Extremes as Extremes
 from jaxq.solvers.samples import Sample as Sample
 
@@ -276,8 +276,12 @@ def _shift_log(
     return choose(ShiftLogQuantizer(eta, shifted_log(low, eta), shifted_log(high, eta), bits), error)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _linear(
+# Compiling each search with a trial of every way to multiply would take a GPU longer than all it is for: 18 s each
+# for the six of a DeiT-Small block, 4 s without those of Triton (H200), where a search runs for a second or two.
+_SEARCH = {"xla_gpu_enable_triton_gemm": False}
+
+
+def _linear_search(
     x: Array, w: Array, bits: int | None, weight_bits: int, rounds: int, count: int
 ) -> tuple[AffineQuantizer | None, AffineQuantizer]:
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
@@ -322,11 +326,12 @@ def _linear(
     return jax.lax.fori_loop(0, rounds, both, (for_x, for_w))
 
 
+_linear = Jitted(_linear_search, (2, 3, 4, 5), _SEARCH)
+
 Ends = tuple[Array, Array]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _product(
+def _product_search(
     a: Array,
     b: Array,
     bits: tuple[int, int],
@@ -372,6 +377,9 @@ def _product(
     for_b = choose(b_ends, lambda end: error(of_a, b_hat(end)))
     for_a, for_b = jax.lax.fori_loop(0, rounds, both, (for_a, for_b))
     return affine(for_a[0], for_a[1], bits[0]), affine(for_b[0], for_b[1], bits[1])
+
+
+_product = Jitted(_product_search, (2, 3, 4, 5, 6), _SEARCH)
 
 
 def _least_error(rows: Float[Array, "grids n"], candidates: Any, grid: tuple[int, ...]) -> Any:

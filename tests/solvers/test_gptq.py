@@ -127,7 +127,7 @@ def test_program_size_does_not_depend_on_the_width(size):
 
 
 def test_compiles_once_for_each_shape():
-    compiled = solver._compiled(jax.default_backend())
+    compiled = solver._jitted.plain
     compiled.clear_cache()
     for seed in range(3):
         gptq(*problem(seed, ROWS, OUT), GROUPED, damping=0.01 * (1 + seed))
