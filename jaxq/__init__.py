@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxq.calibration import ActivationRule as ActivationRule
 from jaxq.calibration import calibrate as calibrate
 from jaxq.errors import JaxqError as JaxqError
+from jaxq.formats import BitPlane as BitPlane
 from jaxq.formats import Codebook as Codebook
 from jaxq.formats import DenseSparse as DenseSparse
 from jaxq.formats import Layout as Layout
@@ -30,6 +31,7 @@ from jaxq.report import SiteReport as SiteReport
 from jaxq.sites import Site as Site
 from jaxq.sites import sites as sites
 from jaxq.solvers.gptq import gptq as gptq
+from jaxq.solvers.hlq import hlq as hlq
 from jaxq.solvers.kmeans import kmeans as kmeans
 from jaxq.solvers.lnq import lnq as lnq
 from jaxq.solvers.rtn import rtn as rtn

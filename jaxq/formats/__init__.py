@@ -7,6 +7,8 @@ from jaxq.formats.base import abstract as abstract
 from jaxq.formats.base import dequantize as dequantize
 from jaxq.formats.base import from_dict as from_dict
 from jaxq.formats.base import is_quantized as is_quantized
+from jaxq.formats.bitplane import BitPlane as BitPlane
+from jaxq.formats.bitplane import BitPlaneArray as BitPlaneArray
 from jaxq.formats.codebook import Codebook as Codebook
 from jaxq.formats.codebook import CodebookArray as CodebookArray
 from jaxq.formats.dense_sparse import DenseSparse as DenseSparse
