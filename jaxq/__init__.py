@@ -14,6 +14,8 @@ from jaxq.formats import QuantizedArray as QuantizedArray
 from jaxq.formats import Uniform as Uniform
 from jaxq.formats import dequantize as dequantize
 from jaxq.formats import is_quantized as is_quantized
+from jaxq.formats import prepare as prepare
+from jaxq.formats import restore as restore
 from jaxq.importance import importance as importance
 from jaxq.names import Activated as Activated
 from jaxq.names import activations as activations

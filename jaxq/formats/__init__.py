@@ -18,6 +18,9 @@ from jaxq.formats.grids import Dynamic as Dynamic
 from jaxq.formats.grids import Grid as Grid
 from jaxq.formats.grids import Log as Log
 from jaxq.formats.grids import ShiftLog as ShiftLog
+from jaxq.formats.prepared import PreparedArray as PreparedArray
+from jaxq.formats.prepared import prepare as prepare
+from jaxq.formats.prepared import restore as restore
 from jaxq.formats.rounded_input import RoundedInput as RoundedInput
 from jaxq.formats.rounded_input import RoundedInputArray as RoundedInputArray
 from jaxq.formats.rounded_input import rounded_input as rounded_input

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, unpack, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
-from jaxq.formats.uniform import SCALE_DTYPES, join_groups, split_groups
+from jaxq.formats.uniform import SCALE_DTYPES, join_groups, slice_groups, split_groups, tile_unit
 from jaxq.kernels import bitplane as kernel
 
 
@@ -126,7 +126,23 @@ class BitPlaneArray(QuantizedArray):
         return join_groups(sum_planes(groups, scale[..., None, :], offset[..., None, :]), in_size)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        return kernel.reference(x, self)
+        return kernel.matmul(jnp.asarray(x), self)
+
+    @property
+    def tile_unit(self) -> int:
+        """Inputs that can be decoded apart from the others: whole words, and whole groups or parts of one."""
+        return tile_unit(self.format.rows_per_group(self.matrix_shape[0]), self.matrix_shape[0], 1)
+
+    def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
+        """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
+        in_size, _ = self.matrix_shape
+        bits = unpack(slice_words(self.planes, 1, row, rows, column, columns), 1, rows)
+        scale, offset = (
+            slice_groups(z, self.format.rows_per_group(in_size), in_size, row, rows, column, columns)
+            for z in (self.scale, self.offset)
+        )
+        groups = split_groups(bits, min(self.format.rows_per_group(in_size), rows))
+        return join_groups(sum_planes(groups, scale[..., None, :], offset[..., None, :]), rows)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, unpack, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.rounding import round_to
 from jaxq.kernels import codebook as kernel
@@ -101,7 +101,18 @@ class CodebookArray(QuantizedArray):
         return lookup(codes, self.table).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        return kernel.reference(x, self)
+        return kernel.matmul(jnp.asarray(x), self)
+
+    @property
+    def tile_unit(self) -> int:
+        """Inputs that can be decoded apart from the others."""
+        return whole_words(self.format.bits)
+
+    def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
+        """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
+        words = slice_words(self.codes, self.format.bits, row, rows, column, columns)
+        table = jax.lax.dynamic_slice_in_dim(self.table, column, columns, axis=1)
+        return lookup(unpack(words, self.format.bits, rows), table)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:

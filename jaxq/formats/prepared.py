@@ -1,0 +1,187 @@
+"""Quantized arrays in the order that a kernel reads, instead of the canonical packing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Integer, PyTree
+
+from jaxq.errors import JaxqError
+from jaxq.formats import codebook, packing, uniform
+from jaxq.formats.base import Layout, QuantizedArray, is_quantized, quantized_pytree
+from jaxq.formats.bitplane import BitPlane, BitPlaneArray
+from jaxq.formats.codebook import Codebook, CodebookArray
+from jaxq.formats.dense_sparse import DenseSparseArray
+from jaxq.formats.placement import canonical_spec
+from jaxq.formats.rounded_input import RoundedInputArray
+from jaxq.formats.uniform import Uniform, UniformArray
+from jaxq.kernels import dispatch, native
+from jaxq.kernels.bitplane import native as bitplane_kernel
+from jaxq.kernels.bitplane import reference as bitplane_reference
+from jaxq.kernels.codebook import native as codebook_kernel
+from jaxq.kernels.uniform import native as uniform_kernel
+
+TARGETS = ("cpu",)
+
+#: Bytes that stand for an activation in integer products.
+DIGITS = {"float32": 3, "int16": 2, "int8": 1}
+
+KERNELS: dict[type, ModuleType] = {
+    Uniform: uniform_kernel,
+    Codebook: codebook_kernel,
+    BitPlane: bitplane_kernel,
+}
+
+
+@quantized_pytree
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PreparedArray(QuantizedArray):
+    """A quantized tensor laid out for the kernels of one target. `restore` gives the canonical array, bit by bit.
+
+    `parts` are the arrays of the kernel, the batch axes leading; floating ones are differentiable. `in_pad` and
+    `out_pad` are the inputs and outputs that only fill up the last block.
+    """
+
+    parts: tuple[Array, ...]
+    format: Any = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    dtype_name: str = dataclasses.field(metadata={"static": True})
+    in_pad: int = dataclasses.field(metadata={"static": True})
+    out_pad: int = dataclasses.field(metadata={"static": True})
+    digits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def kernel(self) -> Any:
+        return KERNELS[type(self.format)]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        trailing = 4 if isinstance(self.format, BitPlane) else 2
+        return tuple(self.parts[0].shape[:-trailing])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        in_size, out_size = self.kernel.sizes(self.format, self.parts)
+        return in_size - self.in_pad, out_size - self.out_pad
+
+    def restore(self) -> QuantizedArray:
+        """The array in canonical packing."""
+        in_size, out_size = self.matrix_shape
+        restored = self.kernel.restore(self.format, self.parts, in_size)
+        some = {"format": self.format, "layout": self.layout, "dtype": self.dtype_name}
+        if isinstance(self.format, Uniform):
+            return uniform.assemble(*restored, **some)
+        if isinstance(self.format, Codebook):
+            return codebook.assemble(*restored, **some)
+        planes, scale, offset = (x[..., :out_size] for x in restored)
+        pad = packing.capacity_of(planes.shape[-2], 1) - in_size
+        return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
+
+    def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
+        return self.restore().matrix(dtype)
+
+    def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        x = jnp.asarray(x)
+        if not native.available() or not dispatch.is_whole(x, *self.parts):
+            return bitplane_reference(x, self)
+        return dispatch.on_cpu(_product, bitplane_reference, x, self)
+
+    def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
+        return self.restore().take_out(ids)
+
+    def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> PreparedArray:
+        batch, rows, columns = canonical_spec(self, spec)
+        if rows is not None or self.out_pad:
+            raise JaxqError("a prepared array is sharded along whole tiles of its outputs only; "
+                            "shard the canonical array and prepare its shards")  # fmt: skip
+        parts = tuple(PartitionSpec(*batch, columns, *[None] * (x.ndim - len(batch) - 1)) for x in self.parts)
+        return dataclasses.replace(self, parts=parts)
+
+
+def _product(x: Array, array: PreparedArray) -> Array:
+    *tokens, in_size = x.shape
+    y = array.kernel.product(x.reshape((-1, in_size)).astype(jnp.float32), array)
+    return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
+
+
+def prepare(
+    tree: PyTree,
+    target: str = "cpu",
+    *,
+    activations: str = "float32",
+    on_fallback: Callable[[str, str], None] | None = None,
+) -> PyTree:
+    """The tree with its quantized leaves laid out for the kernels of `target`. Values do not change.
+
+    Args:
+        tree: parameters, of which some leaves are quantized; or one quantized array.
+        target: "cpu". Where its kernels cannot run (no C++ compiler) leaves stay as they are, with one warning.
+        activations: what uniform grids and bit planes may round the other operand to: "float32" (as exact as
+            float32 sums), "int16" or "int8", integers with a unit for each group of inputs.
+        on_fallback: called with the path and the reason for each quantized leaf that stays as it is.
+
+    Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.
+    """
+    if target not in TARGETS:
+        raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(TARGETS)}")
+    if activations not in DIGITS:
+        raise JaxqError(f"activations cannot be {activations!r}; use {', '.join(DIGITS)}")
+    missing = "" if native.available(warn=True) else f"no native CPU kernel: {native.reason()}"
+
+    def one(path: Any, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        prepared, why = (leaf, missing) if missing else _prepare(leaf, DIGITS[activations])
+        if why and on_fallback is not None:
+            on_fallback(jax.tree_util.keystr(path, simple=True, separator="/"), why)
+        return prepared
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
+
+
+def restore(tree: PyTree) -> PyTree:
+    """The tree with every prepared leaf in canonical packing again."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, PreparedArray):
+            return leaf.restore()
+        if isinstance(leaf, (DenseSparseArray, RoundedInputArray)):
+            return dataclasses.replace(leaf, base=restore(leaf.base))
+        return leaf
+
+    return jax.tree.map(one, tree, is_leaf=is_quantized)
+
+
+def _prepare(leaf: Any, digits: int) -> tuple[Any, str]:
+    """(the array in kernel order, ""), or (the array, why not)."""
+    if isinstance(leaf, PreparedArray):
+        return dataclasses.replace(leaf, digits=digits), ""
+    if isinstance(leaf, (DenseSparseArray, RoundedInputArray)):
+        base, why = _prepare(leaf.base, digits)
+        return dataclasses.replace(leaf, base=base), why
+    if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
+        return leaf, f"there is no kernel for {leaf.format}"
+    kernel: Any = KERNELS[type(leaf.format)]
+    if why := kernel.unsupported(leaf):
+        return leaf, why
+    in_size, out_size = leaf.matrix_shape
+    parts = _lay_out(leaf)
+    room = kernel.sizes(leaf.format, parts)
+    pads = {"in_pad": room[0] - in_size, "out_pad": room[1] - out_size}
+    return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **pads, digits=digits), ""
+
+
+@jax.jit
+def _lay_out(leaf: Any) -> tuple[Array, ...]:
+    kernel: Any = KERNELS[type(leaf.format)]
+    if isinstance(leaf, BitPlaneArray):
+        return kernel.prepare(leaf, leaf.planes)
+    return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]))
+
+
