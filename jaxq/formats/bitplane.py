@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.uniform import SCALE_DTYPES, join_groups, slice_groups, split_groups, tile_unit
 from jaxq.kernels import bitplane as kernel

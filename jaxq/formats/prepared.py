@@ -23,7 +23,6 @@ from jaxq.formats.rounded_input import RoundedInputArray
 from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
 from jaxq.kernels.bitplane import native as bitplane_kernel
-from jaxq.kernels.bitplane import reference as bitplane_reference
 from jaxq.kernels.codebook import native as codebook_kernel
 from jaxq.kernels.uniform import native as uniform_kernel
 
@@ -89,8 +88,8 @@ class PreparedArray(QuantizedArray):
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         x = jnp.asarray(x)
         if not native.available() or not dispatch.is_whole(x, *self.parts):
-            return bitplane_reference(x, self)
-        return dispatch.on_cpu(_product, bitplane_reference, x, self)
+            return _reference(x, self)
+        return dispatch.on_cpu(_product, _reference, x, self)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         return self.restore().take_out(ids)
@@ -102,6 +101,10 @@ class PreparedArray(QuantizedArray):
                             "shard the canonical array and prepare its shards")  # fmt: skip
         parts = tuple(PartitionSpec(*batch, columns, *[None] * (x.ndim - len(batch) - 1)) for x in self.parts)
         return dataclasses.replace(self, parts=parts)
+
+
+def _reference(x: Array, array: PreparedArray) -> Array:
+    return jnp.matmul(x, array.matrix(x.dtype))
 
 
 def _product(x: Array, array: PreparedArray) -> Array:
@@ -151,8 +154,10 @@ def restore(tree: PyTree) -> PyTree:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, PreparedArray):
             return leaf.restore()
-        if isinstance(leaf, (DenseSparseArray, RoundedInputArray)):
+        if isinstance(leaf, DenseSparseArray):
             return dataclasses.replace(leaf, base=restore(leaf.base))
+        if isinstance(leaf, RoundedInputArray):
+            return dataclasses.replace(leaf, weight=restore(leaf.weight))
         return leaf
 
     return jax.tree.map(one, tree, is_leaf=is_quantized)
@@ -162,9 +167,12 @@ def _prepare(leaf: Any, digits: int) -> tuple[Any, str]:
     """(the array in kernel order, ""), or (the array, why not)."""
     if isinstance(leaf, PreparedArray):
         return dataclasses.replace(leaf, digits=digits), ""
-    if isinstance(leaf, (DenseSparseArray, RoundedInputArray)):
+    if isinstance(leaf, DenseSparseArray):
         base, why = _prepare(leaf.base, digits)
         return dataclasses.replace(leaf, base=base), why
+    if isinstance(leaf, RoundedInputArray):
+        weight, why = _prepare(leaf.weight, digits) if is_quantized(leaf.weight) else (leaf.weight, "it is dense")
+        return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
     kernel: Any = KERNELS[type(leaf.format)]
@@ -183,5 +191,3 @@ def _lay_out(leaf: Any) -> tuple[Array, ...]:
     if isinstance(leaf, BitPlaneArray):
         return kernel.prepare(leaf, leaf.planes)
     return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]))
-
-

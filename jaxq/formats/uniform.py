@@ -163,12 +163,18 @@ class UniformArray(QuantizedArray):
     def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
         """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
         in_size, _ = self.matrix_shape
-        codes = unpack(slice_words(self.codes, self.format.bits, row, rows, column, columns), self.format.bits, rows)
-        scale, zero = self.scale, self.zero_point()
+        codes = unpack(
+            slice_words(self.codes, self.format.bits, row, rows, column, columns), self.format.bits, rows
+        )
         if self.format.group_size == "tensor":
-            return dequantize_codes(codes, scale, zero)
+            return dequantize_codes(codes, self.scale, self.zero_point())
         size = self.format.rows_per_group(in_size)
-        scale, zero = (slice_groups(z, size, in_size, row, rows, column, columns) for z in (scale, zero))
+        scale = slice_groups(self.scale, size, in_size, row, rows, column, columns)
+        zero = jnp.full_like(scale, 2 ** (self.format.bits - 1))
+        if self.zero is not None:
+            # Bytes, not the floats of `zero_point`: these are held for the whole matrix.
+            points = unpack(self.zero, self.format.bits, self.scale.shape[-2])
+            zero = slice_groups(points, size, in_size, row, rows, column, columns)
         groups = split_groups(codes, min(size, rows))
         return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), rows)
 

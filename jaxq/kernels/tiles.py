@@ -6,6 +6,7 @@ pages out each time (at 4096 x 4096 some 16,000 page faults, twenty times the pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def product(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens 
     rows = rows_in_tile(in_size, columns, array.tile_unit)
     whole, rest = divmod(in_size, rows)
 
-    def strip(column: int, columns: int) -> Array:
+    def strip(column: jax.Array | int, columns: int) -> Array:
         def part(row: jax.Array | int, rows: int) -> Array:
             some = jax.lax.dynamic_slice_in_dim(flat, row, rows, axis=1).astype(jnp.float32)
             tile = array.tile(row, rows, column, columns)
@@ -51,9 +52,26 @@ def product(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens 
         first = 0 if rest else 1
         return jax.lax.fori_loop(first, whole, lambda tile, total: total + part(tile * rows, rows), start)
 
-    strips = [strip(start, min(columns, out_size - start)) for start in range(0, out_size, columns)]
-    y = strips[0] if len(strips) == 1 else jnp.concatenate(strips, axis=1)
+    y = strips(strip, out_size, columns)
     return y.astype(x.dtype).reshape((*tokens, out_size))
+
+
+def strips(
+    one: Callable[[jax.Array | int, int], Float[Array, "tokens columns"]], out_size: int, columns: int
+) -> Float[Array, "tokens out"]:
+    """All outputs from `one(column, columns)`, some at a time and one after the other, to bound what is held."""
+    count = -(-out_size // columns)
+    if count == 1:
+        return one(0, out_size)
+    # Strips of one size, the last of which may overlap the one before.
+    columns = -(-out_size // count)
+    y = jnp.pad(one(0, columns), ((0, 0), (0, out_size - columns)))
+
+    def step(strip: jax.Array | int, y: Array) -> Array:
+        column = jnp.minimum(strip * columns, out_size - columns)
+        return jax.lax.dynamic_update_slice_in_dim(y, one(column, columns), column, axis=1)
+
+    return jax.lax.fori_loop(1, count, step, y)
 
 
 def rows_in_tile(in_size: int, columns: int, unit: int) -> int:

@@ -154,7 +154,10 @@ def test_gradients(format):
         return [leaf for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
     # Read back as an array, the gradient of the parts is that of the canonical members.
-    parts = [part if part.dtype != jax.dtypes.float0 else jnp.zeros(part.shape, jnp.uint8) for part in of_prepared[0].parts]
+    parts = [
+        part if part.dtype != jax.dtypes.float0 else jnp.zeros(part.shape, jnp.uint8)
+        for part in of_prepared[0].parts
+    ]
     in_size, out_size = array.matrix_shape
     kernel = prepared.kernel
     restored = [z[..., :out_size] for z in kernel.restore(format, tuple(parts), in_size)[1:]]
@@ -272,7 +275,8 @@ def test_bad_settings_are_named():
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"), [({"CXX": "no-such-compiler"}, "no-such-compiler"), ({"JAXQ_NATIVE": "0"}, "JAXQ_NATIVE=0")]
+    ("setting", "words"),
+    [({"CXX": "no-such-compiler"}, "no-such-compiler"), ({"JAXQ_NATIVE": "0"}, "JAXQ_NATIVE=0")],
 )
 def test_without_a_compiler(tmp_path, setting, words):
     code = (
@@ -286,5 +290,7 @@ def test_without_a_compiler(tmp_path, setting, words):
         "print(len([w for w in seen if 'native' in str(w.message)]), native.reason())\n"
     )
     environment = {**os.environ, **setting, "JAXQ_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.startswith("1 ") and words in done.stdout and not list(tmp_path.iterdir())

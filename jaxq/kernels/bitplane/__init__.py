@@ -7,8 +7,9 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxq.kernels import tiles
-from jaxq.kernels.dispatch import on_cpu
+from jaxq.kernels.bitplane import tiled
 from jaxq.kernels.bitplane.reference import reference as reference
+from jaxq.kernels.dispatch import on_cpu
 
 
 def matmul(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens out"]:
@@ -18,4 +19,4 @@ def matmul(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens o
     """
     if not tiles.worthwhile(x, array):
         return reference(x, array)
-    return on_cpu(tiles.product, reference, x, array)
+    return on_cpu(tiled.product if tiled.fits(array) else tiles.product, reference, x, array)

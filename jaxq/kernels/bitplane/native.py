@@ -1,4 +1,6 @@
-"""Bit planes in C++: four bits of a plane look up the sum of four activations (T-MAC, Wei et al. 2025, arXiv 2407.00088).
+"""Bit planes in C++: four bits of a plane look up the sum of four activations.
+
+The method of T-MAC (Wei et al. 2025, arXiv 2407.00088).
 
 The tables of sums are made for each call and shared by all rows and planes; a byte shuffle looks 16 or more rows up at
 once. Sums are integers of one to three bytes, with a unit for each group of inputs: three bytes lose no more than
@@ -74,5 +76,3 @@ def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens
         "table_tokens": np.int64(TABLE_TOKENS[digits]),
     }
     return call("jaxq_bitplane", x, *prepared.parts, out_size=out_size, **attributes)
-
-

@@ -7,8 +7,8 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxq.kernels import tiles
-from jaxq.kernels.dispatch import on_cpu
 from jaxq.kernels.codebook.reference import reference as reference
+from jaxq.kernels.dispatch import on_cpu
 
 
 def matmul(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens out"]:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
+from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent / "src"
 BASE = ("-std=c++17", "-O2", "-fPIC", "-pthread")
@@ -76,7 +76,14 @@ def fingerprint(command: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    settings = (command, _version(command), BASE, SETS.get(family(), {}), jaxlib.__version__, platform.system())
+    settings = (
+        command,
+        _version(command),
+        BASE,
+        SETS.get(family(), {}),
+        jaxlib_version.__version__,
+        platform.system(),
+    )
     digest.update(repr((settings, family())).encode())
     return digest.hexdigest()[:16]
 
