@@ -1,7 +1,7 @@
 """What the products of all formats share: the choice of an implementation, and derivatives.
 
-An implementation is a function `(x, array) -> x @ array`. The reference is the one that others must agree with, the one
-whose derivatives they have, and the one that runs where no other does.
+An implementation is a function `(x, array) -> x @ array`. The reference is the one that others must agree with,
+the one whose derivatives they have, and the one that runs where no other does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def product(
 ) -> Float[Array, "*tokens out"]:
     """`implementation(x, array)`, with the derivatives of `reference` in reverse mode.
 
-    The derivatives with respect to `x` and to every continuous member of `array` make the weight dense while they are
-    computed, but nothing dense waits between the passes.
+    The derivatives with respect to `x` and to every continuous member of `array` make the weight dense while they
+    are computed, but nothing dense waits between the passes.
     """
     return implementation(x, array)
 

@@ -1,7 +1,7 @@
 """Products a tile at a time, in plain XLA: only one tile of the weight is ever dense.
 
-A dense weight that comes and goes with every call costs more than the product itself: a CPU's allocator hands fresh
-pages out each time (at 4096 x 4096 some 16,000 page faults, twenty times the product's own time).
+A dense weight that comes and goes with every call costs more than the product itself: a CPU's allocator hands
+fresh pages out each time (at 4096 x 4096 some 16,000 page faults, twenty times the product's own time).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TOKENS = 512
 def product(x: Float[Array, "*tokens in"], array: Any) -> Float[Array, "*tokens out"]:
     """`x @ array` in the dtype of `x`, accumulated in float32.
 
-    Reads `array.tile(row, rows, column, columns)`, that part of the dense matrix in float32, where `row` (a multiple of
-    `array.tile_unit`) and `column` may be traced.
+    Reads `array.tile(row, rows, column, columns)`, that part of the dense matrix in float32, where `row` (a
+    multiple of `array.tile_unit`) and `column` may be traced.
     """
     in_size, out_size = array.matrix_shape
     *tokens, _ = x.shape

@@ -154,10 +154,10 @@ def test_gradients(format):
         return [leaf for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
     # Read back as an array, the gradient of the parts is that of the canonical members.
-    parts = [
-        part if part.dtype != jax.dtypes.float0 else jnp.zeros(part.shape, jnp.uint8)
-        for part in of_prepared[0].parts
-    ]
+    def number(part):
+        return jnp.zeros(part.shape, jnp.uint8) if part.dtype == jax.dtypes.float0 else part
+
+    parts = [number(part) for part in of_prepared[0].parts]
     in_size, out_size = array.matrix_shape
     kernel = prepared.kernel
     restored = [z[..., :out_size] for z in kernel.restore(format, tuple(parts), in_size)[1:]]

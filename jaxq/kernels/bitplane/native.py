@@ -2,9 +2,10 @@
 
 The method of T-MAC (Wei et al. 2025, arXiv 2407.00088).
 
-The tables of sums are made for each call and shared by all rows and planes; a byte shuffle looks 16 or more rows up at
-once. Sums are integers of one to three bytes, with a unit for each group of inputs: three bytes lose no more than
-float32 sums do, one byte is what T-MAC does. Where there are many tokens, tiles are decoded to floats instead.
+The tables of sums are made for each call and shared by all rows and planes; a byte shuffle looks 16 or more rows
+up at once. Sums are integers of one to three bytes, with a unit for each group of inputs: three bytes lose no more
+than float32 sums do, one byte is what T-MAC does. Where there are many tokens, tiles are decoded to floats
+instead.
 """
 
 from __future__ import annotations

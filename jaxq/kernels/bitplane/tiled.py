@@ -1,8 +1,8 @@
 """Plane by plane in plain XLA: `y = sum_j scale_j * (x @ plane_j) + offset * sum(x)`, group by group.
 
-A bit is not shifted down but masked in place and converted, which gives a power of two; the activations are divided by
-it beforehand, exactly. One product for each plane instead of one for their sum: XLA's loops over several planes at once
-run ten times slower.
+A bit is not shifted down but masked in place and converted, which gives a power of two; the activations are
+divided by it beforehand, exactly. One product for each plane instead of one for their sum: XLA's loops over
+several planes at once run ten times slower.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compiles the C++ products with the system's compiler, into the user's cache.
 
-Not when the package is installed: the headers of XLA's foreign function interface come with jaxlib and must be those
-of the jaxlib that will run, which a wheel built in isolation cannot know; and without a compiler the package must
-install all the same.
+Not when the package is installed: the headers of XLA's foreign function interface come with jaxlib and must be
+those of the jaxlib that will run, which a wheel built in isolation cannot know; and without a compiler the package
+must install all the same.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _run(command: list[str]) -> str:
 def library() -> Path:
     """The path of the compiled library, built now if the cache lacks it; BuildError with the reason if not.
 
-    Takes some twenty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes that
-    build at the same time do not disturb each other: each builds aside and the last rename stands.
+    Takes some twenty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes
+    that build at the same time do not disturb each other: each builds aside and the last rename stands.
     """
     if platform.system() == "Windows":
         raise BuildError("there is no native kernel for Windows")

@@ -18,7 +18,8 @@ from jaxq.kernels.native import build
 
 TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane")
 
-#: For `jax.export.export(..., disabled_checks=...)`: a program with native products runs only where jaxq is loaded.
+#: For `jax.export.export(..., disabled_checks=...)`: a program with native products runs only where jaxq is
+#: loaded.
 EXPORT_CHECKS = tuple(jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS)
 
 

@@ -1,7 +1,7 @@
 """Uniform grids in C++: integer products of codes and activations, or floats where there are many tokens.
 
-Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more than
-float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it.
+Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more
+than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it.
 """
 
 from __future__ import annotations
