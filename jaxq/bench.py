@@ -35,8 +35,8 @@ class Row:
     """One measurement: `x` (m, k) times a weight (k, n).
 
     speedup_vs_dense: least time of XLA's dense float32 product over the least time of this one, both of the same
-    interleaved series. share_of_copy_bandwidth: bytes of the weight a second over those that a copy reads and writes.
-    error: in the norm, against float64.
+    interleaved series. share_of_copy_bandwidth: bytes of the weight a second over those that a copy reads and
+    writes. error: in the norm, against float64.
     """
 
     op: str
@@ -79,8 +79,8 @@ def kernels(
 ) -> list[Row]:
     """Measures each format's products of `(batch, k)` with `(k, n)`, for `shapes` of (k, n).
 
-    Each is measured as it is ("xla") and prepared for this machine's kernels ("native avx2", ...). Times are the least
-    of `repeats` interleaved calls over copies of the weight that no cache holds together.
+    Each is measured as it is ("xla") and prepared for this machine's kernels ("native avx2", ...). Times are the
+    least of `repeats` interleaved calls over copies of the weight that no cache holds together.
     """
     if any(size < 1 for shape in shapes for size in shape) or any(batch < 1 for batch in batches) or repeats < 1:
         raise JaxqError("shapes, batches and repeats are positive numbers")
