@@ -32,7 +32,7 @@ SETS = {
             *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
         ),
     },
-    "aarch64": {"NEON": ()},
+    "aarch64": {},
 }
 FAMILIES = {"amd64": "x86_64", "arm64": "aarch64"}
 
