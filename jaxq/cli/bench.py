@@ -24,7 +24,7 @@ def bench(
 ) -> None:
     """Measure the products of every format here, against XLA's dense float32 product and a copy of memory.
 
-    Weights are random. The fastest implementation of each row group is what a prepared model runs.
+    Weights are random. "native" is what weights that `jaxq.prepare` laid out run, "xla" what all others do.
     """
     if what != "kernels":
         raise JaxqError(f"there is no benchmark {what!r}; use kernels")

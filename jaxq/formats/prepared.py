@@ -43,8 +43,9 @@ KERNELS: dict[type, ModuleType] = {
 class PreparedArray(QuantizedArray):
     """A quantized tensor laid out for the kernels of one target. `restore` gives the canonical array, bit by bit.
 
-    `parts` are the arrays of the kernel, the batch axes leading; floating ones are differentiable. `in_pad` and
-    `out_pad` are the inputs and outputs that only fill up the last block.
+    `parts` are the arrays of the kernel (see `kernels/*/native.py`), the batch axes leading; floating ones are
+    differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block; `digits`,
+    1 to 3, are the bytes that stand for an activation in integer products.
     """
 
     parts: tuple[Array, ...]
@@ -86,13 +87,27 @@ class PreparedArray(QuantizedArray):
         return self.restore().matrix(dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        """`x @ matrix` by the kernel, in the dtype of `x`.
+
+        Runs as the canonical array does in programs for other platforms, for float64, on explicit mesh axes, and,
+        with a warning, where the kernels cannot run: an array that another machine prepared.
+        """
         x = jnp.asarray(x)
-        if not native.available() or not dispatch.is_whole(x, *self.parts):
+        if not dispatch.fits(x, self) or not native.available(warn=True):
             return _reference(x, self)
         return dispatch.on_cpu(_product, _reference, x, self)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
-        return self.restore().take_out(ids)
+        if self.batch_shape:
+            raise JaxqError("take_out reads one matrix; index the batch axes away first, or use jax.vmap")
+        in_size, out_size = self.matrix_shape
+        ids = jnp.asarray(ids)
+        flat = ids.reshape(-1)
+        flat = jnp.clip(jnp.where(flat < 0, flat + out_size, flat), 0, out_size - 1)
+        # Only the rows asked for are restored: an embedding is far larger than what one step reads of it.
+        parts, out_pad = self.kernel.take(self.parts, flat)
+        some = dataclasses.replace(self, parts=parts, out_pad=out_pad, layout=Layout())
+        return some.matrix().T.reshape((*ids.shape, in_size))
 
     def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> PreparedArray:
         batch, rows, columns = canonical_spec(self, spec)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxq.kernels.dispatch import is_whole
+from jaxq.kernels.dispatch import fits
 
 #: Numbers in a dense tile: 1 MiB of float32, which stays in the second cache of most CPUs.
 TILE = 2**18
@@ -83,6 +83,5 @@ def rows_in_tile(in_size: int, columns: int, unit: int) -> int:
 def worthwhile(x: Array, array: Any) -> bool:
     """Whether a product with `x` should go tile by tile."""
     in_size, out_size = array.matrix_shape
-    small = in_size * out_size <= WHOLE
-    whole = is_whole(x, *jax.tree.leaves(array))
-    return not small and whole and 0 < array.tile_unit <= in_size and x.size <= TOKENS * in_size
+    large = in_size * out_size > WHOLE and x.size <= TOKENS * in_size
+    return large and fits(x, array) and 0 < array.tile_unit <= in_size

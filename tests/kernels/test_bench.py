@@ -1,6 +1,7 @@
 """The benchmark of products: its rows, and the command."""
 
 import json
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -8,8 +9,13 @@ from typer.testing import CliRunner
 from jaxq import bench
 from jaxq.cli.app import app
 from jaxq.errors import JaxqError
-from jaxq.formats import Codebook, Uniform
+from jaxq.formats import BitPlane, Codebook, Uniform
 from jaxq.kernels import native
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch):
+    monkeypatch.setattr(bench, "ROTATED", 2**20)
 
 
 def test_rows():
@@ -29,7 +35,10 @@ def test_rows():
         bench.kernels([(0, 4)])
 
 
-def test_command():
+def test_command(monkeypatch):
+    # Of bits and sizes that compile quickly.
+    few = [Uniform(4, 64), Codebook(2), BitPlane(2, 64)]
+    monkeypatch.setattr(bench, "kernels", partial(bench.kernels, formats=few))
     result = CliRunner().invoke(
         app, ["bench", "kernels", "--shapes", "128x64", "--batch", "1", "--repeats", "1", "--json"]
     )

@@ -1,8 +1,10 @@
 """Native CPU products against float64, on every instruction set that this processor has."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
+import textwrap
 from functools import partial
 
 import jax
@@ -10,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import error, exact, normal, random_array
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.checkpoint import load, save
+from jaxq.cli import products
 from jaxq.errors import JaxqError
-from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
+from jaxq.formats import BitPlane, Codebook, DenseSparse, Dynamic, Layout, PreparedArray, Uniform, rounded_input
+from jaxq.formats.activations import DynamicQuantizer
+from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import native
+from jaxq.kernels.native import build
 from jaxq.quantize import Result
-from jaxq.solvers.kmeans import kmeans_solve
-from jaxq.solvers.split import solve_split
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 
@@ -36,17 +38,26 @@ def runs_here(name: str) -> bool:
     return True
 
 
-SETS = [name for name in ("avx512", "avx2", "neon", "scalar") if native.available() and runs_here(name)]
-FORMATS = [
-    *(Codebook(bits, dtype) for bits, dtype in ((1, "float16"), (2, "bfloat16"), (3, "float32"), (4, "float16"))),
-    Uniform(1, None),
-    Uniform(2, 64, symmetric=True),
-    Uniform(3, "tensor", scale_dtype="float32"),
-    Uniform(4, 128),
-    Uniform(4, 64, scale_dtype="bfloat16"),
-    *(BitPlane(2, 8), BitPlane(3, 128), BitPlane(4, None, "float32"), BitPlane(1, 24, "bfloat16")),
+SETS = [name for name in ("avx512", "avx2", "scalar") if native.available() and runs_here(name)]
+#: Formats, each with inputs and outputs at some edge of a block, a run, a group, a tile or a slab.
+CASES = [
+    (Codebook(1, "float16"), 1, 1),
+    (Codebook(2, "bfloat16"), 257, 65),
+    (Codebook(3, "float32"), 513, 17),
+    (Codebook(4, "float16"), 1400, 15),
+    (Uniform(1, None), 63, 3),
+    (Uniform(2, 64, symmetric=True), 1089, 16),
+    (Uniform(3, "tensor", scale_dtype="float32"), 650, 33),
+    (Uniform(4, 128), 1216, 40),
+    (Uniform(4, 64, scale_dtype="bfloat16"), 64, 64),
+    (BitPlane(2, 8), 1029, 66),
+    (BitPlane(3, 128), 700, 1),
+    (BitPlane(4, None, "float32"), 7, 130),
+    (BitPlane(1, 24, "bfloat16"), 2100, 64),
 ]
 REPRESENTATIVE = [Codebook(3), Uniform(4, 64), BitPlane(3, 32)]
+#: One token, few and many: each kernel has a way of its own for them.
+TOKENS = (1, 3, 25)
 
 
 @pytest.fixture(autouse=True)
@@ -55,121 +66,71 @@ def _best_set_again():
     native.configure()
 
 
-def group_of(format) -> int:
-    size = getattr(format, "group_size", None)
-    return size if isinstance(size, int) else 1
-
-
-@pytest.mark.parametrize("name", SETS)
-@given(
-    format=st.sampled_from(FORMATS),
-    width=st.integers(1, 1400),
-    out=st.integers(1, 140),
-    tokens=st.sampled_from([1, 2, 3, 5, 8, 13, 30]),
-    seed=st.integers(0, 10**6),
-)
-@settings(max_examples=15, deadline=None)
-def test_any_shape(name, format, width, out, tokens, seed):
-    native.configure(instruction_set=name)
-    width = max(width, group_of(format))
-    array, x = random_array(format, width, out, seed=seed), normal(tokens, width, seed=seed + 1)
+@pytest.mark.parametrize(("format", "width", "out"), CASES, ids=str)
+def test_every_format_on_every_instruction_set(format, width, out):
+    array = random_array(format, width, out)
     prepared = jaxq.prepare(array)
     assert isinstance(prepared, PreparedArray) and prepared.shape == array.shape
-    y = x @ prepared
+    assert prepared.dtype == array.dtype and prepared.matrix_shape == (width, out)
+    xs, ids = [normal(tokens, width, seed=tokens) for tokens in TOKENS], jnp.array([out - 1, 0, -1, out // 2])
+
+    @jax.jit
+    def run(q, array, xs):
+        return [x @ q for x in xs], jaxq.restore(q), q.take_out(ids), array.take_out(ids)
+
     # One output of few inputs may nearly cancel; what it is measured against is then what was added up.
-    dense = np.abs(np.asarray(array.matrix(jnp.float32), np.float64))
-    assert np.max(np.abs(np.asarray(y, np.float64) - exact(x, array)) / (np.abs(x) @ dense + 1e-9)) < 2e-6
-
-
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("format", [Uniform(4, 64), Uniform(3, None), Uniform(2, 128), BitPlane(3, 64)], ids=str)
-def test_rounded_activations(name, format):
-    native.configure(instruction_set=name)
-    array = random_array(format, 700, 70)
-    for tokens in (1, 8):
-        x = normal(tokens, 700, seed=tokens)
-        expected = exact(x, array)
-        for activations, bound in (("float32", 1e-6), ("int16", 1e-4), ("int8", 2e-2)):
-            y = x @ jaxq.prepare(array, activations=activations)
-            assert error(y, expected) < bound
-        assert error(x @ jaxq.prepare(array, activations="int8"), expected) > 1e-4
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_preparing_loses_nothing(format):
-    width = max(300, group_of(format))
-    array = random_array(format, 2, width, 70)
-    prepared = jaxq.prepare(array)
-    assert prepared.shape == array.shape and prepared.dtype == array.dtype and prepared.batch_shape == (2,)
-    back = jaxq.restore(prepared)
+    mass = [np.abs(x) @ np.abs(np.asarray(array.matrix(jnp.float32), np.float64)) + 1e-9 for x in xs]
+    for name in SETS:
+        native.configure(instruction_set=name)
+        ys, back, rows, expected = run(prepared, array, xs)
+        for x, y, size in zip(xs, ys, mass, strict=True):
+            assert np.max(np.abs(np.asarray(y, np.float64) - exact(x, array)) / size) < 2e-6, (name, len(x))
     assert jax.tree.structure(back) == jax.tree.structure(array)
     jax.tree.map(np.testing.assert_array_equal, back, array)
-    np.testing.assert_array_equal(prepared.dequantize(), array.dequantize())
-    np.testing.assert_array_equal(prepared[1].take_out(jnp.array([3, 69])), array[1].take_out(jnp.array([3, 69])))
+    np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("format", [Uniform(4, 64), Uniform(3, None), BitPlane(3, 64)], ids=str)
+def test_rounded_activations(format):
+    array = random_array(format, 700, 70)
+    xs = [normal(tokens, 700, seed=tokens) for tokens in (1, 8)]
+    kinds = {"float32": 1e-6, "int16": 1e-4, "int8": 2e-2}
+    prepared = {kind: jaxq.prepare(array, activations=kind) for kind in kinds}
+    run = jax.jit(lambda qs, xs: {kind: [x @ q for x in xs] for kind, q in qs.items()})
+    for name in SETS:
+        native.configure(instruction_set=name)
+        ys = run(prepared, xs)
+        for kind, bound in kinds.items():
+            for x, y in zip(xs, ys[kind], strict=True):
+                assert error(y, exact(x, array)) < bound
+        assert error(ys["int8"][0], exact(xs[0], array)) > 1e-4
+
+
+@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
+def test_batch_axes(format):
+    array = random_array(format, 2, 300, 70)
+    prepared = jaxq.prepare(array)
+    assert prepared.batch_shape == (2,) and prepared.shape == array.shape
+    back, one = jax.jit(lambda q: (jaxq.restore(q), q[1].matrix()))(prepared)
+    jax.tree.map(np.testing.assert_array_equal, back, array)
+    np.testing.assert_array_equal(one, array.matrix()[1])
+    x = normal(2, 3, 300)
+    # Not mapped by jax.vmap, a stack multiplies as a dense one does.
+    np.testing.assert_allclose(prepared.matmul(x), x @ np.asarray(array.matrix()), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
 def test_dtypes_and_leading_axes(format):
     array = random_array(format, 200, 30)
     prepared, x = jaxq.prepare(array), normal(2, 3, 200)
-    assert error(jax.jit(lambda q, x: x @ q)(prepared, x), exact(x, array)) < 1e-6
-    assert (x[0, 0] @ prepared).shape == (30,)
     half = jnp.asarray(x, jnp.bfloat16)
-    y = half @ prepared
+    whole, vector, y = jax.jit(lambda q, x, half: (x @ q, x[0, 0] @ q, half @ q))(prepared, x, half)
+    assert error(whole, exact(x, array)) < 1e-6 and vector.shape == (30,)
     assert y.dtype == jnp.bfloat16 and error(y, exact(half.astype(jnp.float32), array)) < 4e-3
 
 
-@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
-def test_vmap_and_scan(format):
-    array = random_array(format, 3, 200, 30)
-    prepared, x = jaxq.prepare(array), normal(3, 4, 200)
-    dense = np.asarray(array.matrix(), np.float64)
-    experts = jax.vmap(lambda q, x: q.matmul(x))
-    assert error(experts(prepared, x), x @ dense) < 1e-6
-    shared = jax.vmap(lambda q, x: q.matmul(x), in_axes=(0, None))(prepared, x[0])
-    assert error(shared, x[0] @ dense) < 1e-6
-    tokens = jax.vmap(lambda q, x: q.matmul(x), in_axes=(None, 0))(prepared[1], x)
-    assert error(tokens, x @ dense[1]) < 1e-6
-    both = jax.vmap(jax.vmap(lambda q, x: q.matmul(x), in_axes=(None, 0)), in_axes=(0, None))(prepared, x)
-    assert error(both, x[None] @ dense[:, None]) < 1e-6
-    _, layers = jax.lax.scan(lambda carry, layer: (carry, layer.matmul(x[0])), 0, prepared)
-    assert error(layers, x[0] @ dense) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "format", [Codebook(3, "float32"), Uniform(4, 64, scale_dtype="float32"), BitPlane(2, 32, "float32")], ids=str
-)
-def test_gradients(format):
-    array, x = random_array(format, 150, 20), normal(3, 150)
-
-    def loss(q, x):
-        return jnp.sum(q.matmul(x) ** 2)
-
-    prepared = jaxq.prepare(array)
-    of_prepared = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(prepared, x)
-    of_array = jax.grad(loss, argnums=(0, 1), allow_int=True)(array, x)
-    np.testing.assert_allclose(of_prepared[1], of_array[1], rtol=1e-4, atol=1e-2)
-
-    def continuous(q):
-        return [leaf for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-    # Read back as an array, the gradient of the parts is that of the canonical members.
-    def number(part):
-        return jnp.zeros(part.shape, jnp.uint8) if part.dtype == jax.dtypes.float0 else part
-
-    parts = [number(part) for part in of_prepared[0].parts]
-    in_size, out_size = array.matrix_shape
-    kernel = prepared.kernel
-    restored = [z[..., :out_size] for z in kernel.restore(format, tuple(parts), in_size)[1:]]
-    for found, expected in zip(restored, continuous(of_array[0]), strict=False):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-2)
-    batched = jax.vmap(jax.grad(loss, argnums=1), in_axes=(None, 0))(prepared, jnp.stack([x, 2 * x]))
-    np.testing.assert_allclose(batched[1], 2 * of_array[1], rtol=1e-4, atol=1e-2)
-
-
-@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
-def test_one_program_for_all_platforms(format):
-    prepared, x = jaxq.prepare(random_array(format, 200, 30)), normal(2, 200)
+def test_one_program_for_all_platforms():
+    prepared, x = jaxq.prepare(random_array(Uniform(4, 64), 200, 30)), normal(2, 200)
     run = jax.jit(lambda q, x: x @ q)
     exported = jax.export.export(run, platforms=["cpu", "cuda", "tpu"], disabled_checks=native.EXPORT_CHECKS)(
         prepared, x
@@ -190,9 +151,21 @@ def test_quantized_function_with_prepared_leaves():
     assert not reasons
 
 
-@pytest.mark.parametrize("format", [Codebook(3), Uniform(4, 64)], ids=str)
-def test_shard_map(format):
-    array, x = random_array(format, 128, 64), normal(2, 128)
+def test_integer_execution_of_prepared_leaves():
+    weight, reasons = random_array(Uniform(4, None), 64, 8), []
+    params = {"w": rounded_input(weight, DynamicQuantizer(8, True), Dynamic(8))}
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    run = jax.jit(jaxq.quantized(fn, lambda *why: reasons.append(why), integer=True))
+    x = normal(3, 64)
+    np.testing.assert_array_equal(run(jaxq.prepare(params), x), run(params, x))
+    assert not reasons
+
+
+def test_shard_map():
+    array, x = random_array(Codebook(3), 128, 64), normal(2, 128)
     devices = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
     prepared = jaxq.prepare(array)
     specs = prepared.partition_specs(P(None, "model"))
@@ -204,32 +177,27 @@ def test_shard_map(format):
         prepared.partition_specs(P("model"))
 
 
-def test_activations_that_are_no_numbers_are_not_hidden():
-    for format in REPRESENTATIVE:
-        prepared = jaxq.prepare(random_array(format, 200, 30))
-        for bad in (np.nan, np.inf):
-            for tokens in (1, 12):
-                x = normal(tokens, 200)
-                x[0, 150] = bad
-                y = np.asarray(x @ prepared)
-                assert not np.isfinite(y[0]).any() and np.isfinite(y[1:]).all()
-
-
-def test_zero_activations():
-    for format in REPRESENTATIVE:
-        y = jnp.zeros((1, 200)) @ jaxq.prepare(random_array(format, 200, 30))
+@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
+def test_unusual_activations_and_threads(format):
+    array = random_array(format, 200, 150)
+    prepared, run = jaxq.prepare(array), jax.jit(lambda q, xs: [x @ q for x in xs])
+    xs = [normal(1, 200), normal(12, 200)]
+    results = []
+    for threads in (1, 2, 0):
+        native.configure(threads=threads)
+        results.append(run(prepared, xs))
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+    for y in run(prepared, [0 * x for x in xs]):
         np.testing.assert_array_equal(y, 0)
-
-
-def test_threads_do_not_change_bits():
-    x = normal(3, 512)
-    for format in REPRESENTATIVE:
-        prepared, results = jaxq.prepare(random_array(format, 512, 300)), []
-        for threads in (1, 2, 0):
-            native.configure(threads=threads)
-            results.append(np.asarray(x @ prepared))
-        np.testing.assert_array_equal(results[0], results[1])
-        np.testing.assert_array_equal(results[0], results[2])
+    # Too small for the unit of integers: they may round to zero, to nothing large.
+    for y in run(prepared, [np.float32(1e-35) * x for x in xs]):
+        assert np.abs(np.asarray(y)).max() < 1e-32
+    for bad in (np.nan, np.inf):
+        for x in xs:
+            x[0, 150] = bad
+        for y in map(np.asarray, run(prepared, xs)):
+            assert not np.isfinite(y[0]).any() and np.isfinite(y[1:]).all()
 
 
 def test_what_has_no_kernel_stays_and_is_told():
@@ -246,6 +214,24 @@ def test_what_has_no_kernel_stays_and_is_told():
     assert isinstance(prepared["fine"], PreparedArray) and prepared["wide"] is params["wide"]
 
 
+def test_what_the_command_line_chooses(capsys):
+    params = {
+        "w": random_array(Uniform(4, 64), 64, 4),
+        "odd": random_array(Uniform(4, 20), 40, 4),
+        "b": jnp.ones(3),
+    }
+    for use in (False, True):
+        got, said = products.prepared(params, use)
+        heard = capsys.readouterr().err
+        if not use or not native.vectorized():
+            assert got is params and said["products"] == "xla"
+            continue
+        assert isinstance(got["w"], PreparedArray) and got["odd"] is params["odd"]
+        assert said == {"products": f"native {native.instruction_set()}", "in_xla": {"odd": said["in_xla"]["odd"]}}
+        assert "1 of 2 quantized weights" in heard and "in XLA: odd: groups are not" in heard
+    assert products.prepared({"b": jnp.ones(3)}, True)[1] == {"products": "xla"}
+
+
 def test_files_hold_canonical_arrays(tmp_path):
     params = {"w": random_array(Codebook(4), 64, 32)}
     save(tmp_path / "model", Result(jaxq.prepare(params), None))
@@ -253,8 +239,11 @@ def test_files_hold_canonical_arrays(tmp_path):
 
 
 def test_overlay_on_a_prepared_base():
-    w = normal(128, 40)
-    array, _ = solve_split(kmeans_solve, w, {}, DenseSparse(Codebook(3), 0.01))
+    base, values = random_array(Codebook(3), 128, 40), normal(128, 40)
+    format = DenseSparse(base.format, 0.01)
+    mask = np.abs(values) >= np.sort(np.abs(values), axis=None)[-format.entries(128, 40)]
+    overlay = compress(jnp.asarray(values), jnp.asarray(mask), format)
+    array = DenseSparseArray(base, *overlay, format, Layout(), "float32")
     prepared = jaxq.prepare(array)
     assert isinstance(prepared.base, PreparedArray)
     x = normal(1, 128)
@@ -274,23 +263,80 @@ def test_bad_settings_are_named():
             call()
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [({"CXX": "no-such-compiler"}, "no-such-compiler"), ({"JAXQ_NATIVE": "0"}, "JAXQ_NATIVE=0")],
-)
-def test_without_a_compiler(tmp_path, setting, words):
-    code = (
-        "import warnings, jax.numpy as jnp, jaxq\n"
-        "from jaxq.kernels import native\n"
-        "q = jaxq.rtn(jnp.ones((128, 8)), jaxq.Uniform(4, 64))\n"
-        "with warnings.catch_warnings(record=True) as seen:\n"
-        "    warnings.simplefilter('always')\n"
-        "    same = jaxq.prepare({'w': q})['w'], jaxq.prepare(q)\n"
-        "assert all(z is q for z in same)\n"
-        "print(len([w for w in seen if 'native' in str(w.message)]), native.reason())\n"
+def test_without_a_compiler(tmp_path):
+    code = """
+    import warnings, jax.numpy as jnp, jaxq
+    from jaxq.kernels import native
+    q = jaxq.rtn(jnp.ones((128, 8)), jaxq.Uniform(4, 64))
+    why = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        same = jaxq.prepare({"w": q}, on_fallback=lambda *told: why.append(told))["w"], jaxq.prepare(q)
+    assert all(z is q for z in same) and why[0][0] == "w" and "no native CPU kernel" in why[0][1]
+    print(len([w for w in seen if "native" in str(w.message)]), native.reason())
+    """
+    environment = {**os.environ, "CXX": "no-such-compiler", "JAXQ_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 ") and "no-such-compiler" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """A compiler that compiles nothing: returns the folder of libraries, and how many it has linked."""
+    log = tmp_path / "log"
+    script = tmp_path / "cc"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, os, time\n"
+        "arguments = sys.argv[1:]\n"
+        f"open({str(log)!r}, 'a').write(' '.join(arguments) + chr(10))\n"
+        "if '-mavx512f' in arguments: sys.exit('unrecognized option')\n"
+        "if '-o' in arguments: open(arguments[arguments.index('-o') + 1], 'w').write('library')\n"
+        "else: print('fake 1.0')\n"
     )
-    environment = {**os.environ, **setting, "JAXQ_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    assert done.stdout.startswith("1 ") and words in done.stdout and not list(tmp_path.iterdir())
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("JAXQ_CACHE", str(tmp_path / "cache"))
+
+    def links() -> int:
+        return log.read_text().count("-shared")
+
+    return tmp_path / "cache" / "native", links
+
+
+def test_a_damaged_library_is_built_again(fake_compiler):
+    folder, links = fake_compiler
+    path = build.library()
+    assert path.parent == folder and links() == 1
+    assert build.library() == path and links() == 1
+    path.write_text("libr")
+    assert build.library() == path and path.read_text() == "library" and links() == 2
+    assert list(folder.iterdir()) == [path]
+
+
+def test_builds_at_the_same_time(fake_compiler):
+    folder, _ = fake_compiler
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build.library(), range(4)))
+    assert paths == set(folder.iterdir()) and len(paths) == 1
+
+
+def test_a_cache_that_cannot_be_used_is_named(fake_compiler, monkeypatch, tmp_path):
+    folder, links = fake_compiler
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(build.BuildError, match="others may write"):
+        build.library()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXQ_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="JAXQ_CACHE may name another"):
+        build.library()
+
+
+def test_a_compiler_without_an_instruction_set_builds_the_others(fake_compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "family", lambda: "x86_64")
+    build.library()
+    log = (tmp_path / "log").read_text()
+    assert "-DJAXQ_HAS_AVX2" in log and "-DJAXQ_HAS_AVX512" not in log

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.native import call, lines
 
@@ -32,7 +32,10 @@ def unsupported(array: Any) -> str:
 
 
 def prepare(array: Any, words: Array) -> tuple[Array, ...]:
-    """(lines of planes, scales and, last, offsets), both in tiles of outputs."""
+    """Planes `(batch..., tiles, bits, bytes, 64)`; scales, then offsets `(batch..., tiles, groups, bits + 1, 64)`.
+
+    A tile is 64 outputs, a byte eight inputs.
+    """
     in_size, out_size = array.matrix_shape
     tiles, pairs = -(-out_size // TILE), -(-in_size // 8)
     # A word holds 32 inputs of a column: four bytes of eight inputs.
@@ -46,6 +49,19 @@ def prepare(array: Any, words: Array) -> tuple[Array, ...]:
         return jnp.moveaxis(x.reshape((*x.shape[:-1], tiles, TILE)), -2, -4)
 
     return tiled(pieces), jnp.swapaxes(tiled(scale), -2, -3)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    tiles = -(-ids.size // TILE)
+    out_pad = tiles * TILE - ids.size
+    ids = lines.pad_to(ids, tiles * TILE, -1)
+
+    def some(x: Array) -> Array:
+        rows = x[ids // TILE, :, :, ids % TILE]
+        return jnp.moveaxis(rows.reshape((tiles, TILE, *rows.shape[1:])), 1, -1)
+
+    return tuple(some(part) for part in parts), out_pad
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:

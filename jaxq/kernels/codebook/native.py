@@ -9,12 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.native import call, lines
-
-#: Leading bytes of a float32 that numbers of these types use: half precision has 11 significant bits.
-BYTES = {"bfloat16": 2, "float16": 3, "float32": 4}
 
 
 def unsupported(array: Any) -> str:
@@ -23,14 +20,19 @@ def unsupported(array: Any) -> str:
 
 
 def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
-    """(codes by rows, tables by rows in float32)."""
-    return lines.pack(codes, array.format.bits), jnp.swapaxes(array.table, -1, -2).astype(jnp.float32)
+    """(codes by rows `(batch..., out, bytes)`, tables by rows `(batch..., out, 2^bits)`)."""
+    return lines.pack(codes, array.format.bits), jnp.swapaxes(array.table, -1, -2)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
     """(codes, tables) of the canonical array."""
     rows, table = parts
-    return lines.unpack(rows, format.bits, in_size), jnp.swapaxes(table, -1, -2).astype(format.table_dtype)
+    return lines.unpack(rows, format.bits, in_size), jnp.swapaxes(table, -1, -2)
 
 
 def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
@@ -39,7 +41,5 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
-    format = prepared.format
     rows, table = prepared.parts
-    attributes = {"bits": np.int32(format.bits), "bytes": np.int32(BYTES[format.table_dtype])}
-    return call("jaxq_codebook", x, rows, table, out_size=rows.shape[-2], **attributes)
+    return call("jaxq_codebook", x, rows, table, out_size=rows.shape[-2], bits=np.int32(prepared.format.bits))

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -32,7 +33,6 @@ SETS = {
             *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
         ),
     },
-    "aarch64": {},
 }
 FAMILIES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -45,12 +45,15 @@ class BuildError(Exception):
 
 
 def cache() -> Path:
-    """Where libraries are kept: `JAXQ_CACHE`, or `jaxq` below the user's cache home."""
+    """Where libraries are kept: `JAXQ_CACHE`, or `jaxq` below the user's cache home; BuildError without a home."""
     chosen = os.environ.get("JAXQ_CACHE")
     if chosen:
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "jaxq"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "jaxq"
+    except RuntimeError as error:
+        raise BuildError("there is no home folder to keep the library in; JAXQ_CACHE may name one") from error
 
 
 def compiler() -> list[str]:
@@ -106,48 +109,63 @@ def _run(command: list[str]) -> str:
 
 
 def library() -> Path:
-    """The path of the compiled library, built now if the cache lacks it; BuildError with the reason if not.
+    """The path of the compiled library, built now if the cache lacks a sound one; BuildError if it cannot be.
 
     Takes some twenty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes
-    that build at the same time do not disturb each other: each builds aside and the last rename stands.
+    that build at the same time do not disturb each other: each builds aside and the last rename stands. The name
+    holds a checksum, so that a damaged file is not loaded, which could end the process.
     """
     if platform.system() == "Windows":
         raise BuildError("there is no native kernel for Windows")
     command = compiler()
-    folder = cache() / "native"
-    target = folder / f"products-{fingerprint(command)}.so"
-    if target.exists():
-        return target
+    folder, name = cache() / "native", f"products-{fingerprint(command)}"
     try:
+        _check_owner(folder)
+        for path in folder.glob(f"{name}-*.so"):
+            if path.stem == f"{name}-{_checksum(path)}":
+                return path
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-            _compile(command, Path(scratch)).replace(target)
+            made = _compile(command, Path(scratch))
+            return made.replace(folder / f"{name}-{_checksum(made)}.so")
     except OSError as error:
-        raise BuildError(f"cannot write {folder}: {error}") from error
-    return target
+        raise BuildError(f"cannot use {folder} ({error}); JAXQ_CACHE may name another folder") from error
+
+
+def _check_owner(folder: Path) -> None:
+    """BuildError if another user could have put a library there."""
+    if not folder.exists():
+        return
+    status = folder.stat()
+    if status.st_uid not in (0, os.getuid()) or status.st_mode & stat.S_IWOTH:
+        raise BuildError(f"others may write to {folder}, and what lies there would be run")
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _compile(command: list[str], scratch: Path) -> Path:
-    sets = SETS.get(family(), {})
-    jobs = {"SCALAR": [*BASE, "-DJAXQ_ISA_SCALAR"]}
-    jobs |= {name: [*BASE, f"-DJAXQ_ISA_{name}", *flags] for name, flags in sets.items()}
+    # An older compiler may not know an instruction set; the others then do without it.
+    known = {name: flags for name, flags in SETS.get(family(), {}).items() if _accepts(command, flags)}
+    jobs = {"SCALAR": (), **known}
 
-    def build(name: str) -> str | None:
-        """The name of a set, or None where the compiler does not know it."""
-        try:
-            source = str(SOURCES / "isa.cc")
-            _run([*command, *jobs[name], "-c", source, "-o", str(scratch / f"{name}.o")])
-        except BuildError:
-            if name == "SCALAR":
-                raise
-            return None
-        return name
+    def build(name: str) -> str:
+        out = str(scratch / f"{name}.o")
+        _run([*command, *BASE, f"-DJAXQ_ISA_{name}", *jobs[name], "-c", str(SOURCES / "isa.cc"), "-o", out])
+        return out
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        built = [name for name in pool.map(build, jobs) if name]
-    include = jax.ffi.include_dir()
-    entry = [*BASE, *(f"-DJAXQ_HAS_{name}" for name in built), "-isystem", include]
-    objects = [str(scratch / f"{name}.o") for name in built]
+        objects = list(pool.map(build, jobs))
+    entry = [*BASE, *(f"-DJAXQ_HAS_{name}" for name in jobs), "-isystem", jax.ffi.include_dir()]
     out = scratch / "products.so"
     _run([*command, *entry, "-shared", str(SOURCES / "entry.cc"), *objects, "-o", str(out)])
     return out
+
+
+def _accepts(command: list[str], flags: tuple[str, ...]) -> bool:
+    try:
+        _run([*command, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+    except BuildError:
+        return False
+    return True

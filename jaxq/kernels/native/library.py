@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 import warnings
 from typing import Any
 
@@ -23,21 +24,28 @@ TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane")
 EXPORT_CHECKS = tuple(jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS)
 
 
-@functools.cache
+_LOADING = threading.Lock()
+
+
 def _load() -> tuple[Any, str]:
-    """(library, ""), or (None, why there is none)."""
+    """(library, ""), or (None, why there is none); compiled and loaded by the first that asks."""
+    with _LOADING:
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
     if os.environ.get("JAXQ_NATIVE", "1") == "0":
         return None, "JAXQ_NATIVE=0 turns it off"
     try:
-        path = build.library()
-        library = ctypes.CDLL(str(path))
-    except (build.BuildError, OSError) as error:
+        library = ctypes.CDLL(str(build.library()))
+        for name in TARGETS:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except (build.BuildError, OSError, jax.errors.JaxRuntimeError) as error:
         return None, str(error)
     library.jaxq_isa.restype = ctypes.c_char_p
     library.jaxq_configure.restype = ctypes.c_bool
     library.jaxq_configure.argtypes = (ctypes.c_int, ctypes.c_char_p)
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library, ""
 
 
@@ -60,9 +68,14 @@ def reason() -> str:
 
 
 def instruction_set() -> str:
-    """What the native kernel runs on: "avx512", "avx2", "neon" or "scalar"; empty if there is none."""
+    """What the native kernel runs on: "avx512", "avx2" or "scalar"; empty if there is none."""
     library, _ = _load()
     return library.jaxq_isa().decode() if library else ""
+
+
+def vectorized() -> bool:
+    """Whether the native kernel runs on vector instructions; in plain C++ it is slower than XLA."""
+    return instruction_set() not in ("", "scalar")
 
 
 def configure(threads: int = 0, instruction_set: str = "") -> None:
@@ -70,7 +83,7 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
     Args:
         threads: at most so many of XLA's own; 0 for all of them.
-        instruction_set: "avx512", "avx2", "neon" or "scalar"; empty for the best of this processor.
+        instruction_set: "avx512", "avx2" or "scalar"; empty for the best of this processor.
 
     Raises JaxqError if there is no native kernel, or not for that instruction set.
     """
@@ -82,7 +95,10 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
 
 def call(name: str, x: Array, *operands: Array, out_size: int, **attributes: Any) -> Array:
-    """The foreign call `name`: `x` `(tokens, in)` float32 and prepared arrays, giving `(tokens, out)` float32."""
+    """The foreign call `name`: `x` `(tokens, in)` float32 and prepared arrays, giving `(tokens, out)` float32.
+
+    Under jax.vmap it stays one call, to which an operand that is not mapped goes once, with an axis of size 1.
+    """
     out = jax.ShapeDtypeStruct((x.shape[0], out_size), jnp.float32)
     y = jax.ffi.ffi_call(name, out, vmap_method="expand_dims")(x, *operands, **attributes)
     # In a shard_map the result varies over every axis that an operand varies over, which the call does not know.

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.native import call, lines
 
@@ -31,7 +31,10 @@ def unsupported(array: Any) -> str:
 
 
 def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
-    """(codes by rows, scales by rows, zero points by rows); groups are padded with zeros."""
+    """(codes by rows `(batch..., out, bytes)`, scales and zero points by rows `(batch..., out, groups)`).
+
+    Groups are filled up with zeros.
+    """
     _, out_size = array.matrix_shape
     groups = -(-array.scale.shape[-2] // GROUPS) * GROUPS
 
@@ -41,6 +44,11 @@ def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
         return lines.pad_to(jnp.swapaxes(x, -1, -2), groups, -1)
 
     return lines.pack(codes, array.format.bits), rows(array.scale), rows(array.zero_point().astype(jnp.uint8))
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:

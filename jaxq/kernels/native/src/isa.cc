@@ -3,8 +3,6 @@
 
 #if defined(JAXQ_ISA_AVX512) || defined(JAXQ_ISA_AVX2)
 #include <immintrin.h>
-#elif defined(JAXQ_ISA_NEON)
-#include <arm_neon.h>
 #else
 #include <cmath>
 #include <cstring>
@@ -26,9 +24,6 @@ struct BFloat {
 #elif defined(JAXQ_ISA_AVX2)
 #define JAXQ_TABLE kAvx2
 #include "simd_avx2.h"
-#elif defined(JAXQ_ISA_NEON)
-#define JAXQ_TABLE kNeon
-#include "simd_neon.h"
 #else
 #define JAXQ_TABLE kScalar
 #include "simd_scalar.h"

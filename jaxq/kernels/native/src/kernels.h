@@ -15,6 +15,7 @@
 
 namespace jaxq {
 
+// The types of scales, offsets and tables.
 enum ScaleType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kRun = 64;
@@ -39,8 +40,8 @@ struct Codes {
 };
 
 struct Table {
-  const float* values;    // (rows, 2^bits)
-  int bytes;              // leading bytes of a value that may differ from zero: 2, 3 or 4
+  const void* values;     // (rows, 2^bits)
+  ScaleType type;
 };
 
 struct Grid {
@@ -80,7 +81,7 @@ struct Sums {
   int count;              // 1 to 3
 };
 
-// Rows are handed out in [begin, end); for planes these are tiles. `scratch` is of `scratch_floats` for codes.
+// Rows are handed out in [begin, end); for planes these are tiles. `scratch` has `code_scratch` or `kPlaneScratch` floats.
 struct Kernels {
   // Activations in the order in which decoded vectors come: (tokens, inputs) to (tokens, padded).
   void (*order)(const float* x, int64_t tokens, int64_t inputs, int64_t padded, float* out);
@@ -95,14 +96,17 @@ struct Kernels {
   void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
 };
 
-// Inputs decoded at a time when there are several tokens: four rows of them stay in the first cache.
+// Inputs decoded at a time when there are several tokens: four rows of them stay in the first cache. Decoded rows stand
+// further apart than that: a wide vector may write beyond its row, and rows at powers of two would share cache lines.
 constexpr int64_t kSlab = 1024;
+constexpr int64_t kSlabStride = kSlab + 16;
 constexpr int64_t kRowsAtOnce = 4;
-static inline int64_t scratch_floats(int64_t padded_groups) { return kRowsAtOnce * kSlab + kTile * kSlab + 16 + 2 * padded_groups; }
+constexpr int64_t kPlaneScratch = kTile * kSlabStride;
+// Decoded rows and two numbers a group, or three numbers a group.
+static inline int64_t code_scratch(int64_t padded_groups) { return kRowsAtOnce * kSlabStride + 3 * padded_groups; }
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
-extern const Kernels kNeon;
 
 }  // namespace jaxq

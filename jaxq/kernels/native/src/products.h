@@ -47,25 +47,33 @@ void order(const float* x, int64_t tokens, int64_t inputs, int64_t padded, float
   }
 }
 
-// A table's values by bytes, the most significant first: byte p of value i at 16 p + i.
-inline void split_table(const float* values, int entries, int bytes, uint8_t* out) {
-  for (int i = 0; i < 16; ++i) {
-    uint32_t word;
-    // Codes never exceed the entries; the rest is filled so that nothing is left undefined.
-    __builtin_memcpy(&word, values + (i & (entries - 1)), 4);
-    for (int p = 0; p < bytes; ++p) out[16 * p + i] = static_cast<uint8_t>(word >> (24 - 8 * p));
-  }
-}
+// Leading bytes of a float32 that numbers of a type use: half precision has 11 significant bits.
+template <class T>
+constexpr int kBytesOf = 4;
+template <>
+constexpr int kBytesOf<Half> = 3;
+template <>
+constexpr int kBytesOf<BFloat> = 2;
 
-// Values of codes from a table of 16 floats, looked up byte by byte: exact.
-template <int kBytesOfValue>
+// Values of codes from a table of at most 16 numbers, looked up byte by byte: exact.
+template <class T>
 struct TableValues {
+  static constexpr int kBytesOfValue = kBytesOf<T>;
   V planes[kBytesOfValue];
 
-  void row(const Table& table, int bits, int64_t row) {
-    uint8_t bytes[64];
-    const int entries = 1 << bits;
-    split_table(table.values + row * entries, entries, kBytesOfValue, bytes);
+  void row(const T* values, int entries) {
+    // Codes never exceed the entries; the rest is filled so that nothing is left undefined.
+    T all[16];
+    for (int i = 0; i < 16; ++i) all[i] = values[i & (entries - 1)];
+    float wide[16];
+    for (int i = 0; i < 16; i += Simd::kFloats) Simd::storef(wide + i, Simd::scales(all + i));
+    // By bytes, the most significant first.
+    uint8_t bytes[16 * kBytesOfValue];
+    for (int i = 0; i < 16; ++i) {
+      uint32_t word;
+      __builtin_memcpy(&word, wide + i, 4);
+      for (int p = 0; p < kBytesOfValue; ++p) bytes[16 * p + i] = static_cast<uint8_t>(word >> (24 - 8 * p));
+    }
     for (int p = 0; p < kBytesOfValue; ++p) planes[p] = Simd::broadcast16(bytes + 16 * p);
   }
   void start(int64_t) {}
@@ -192,7 +200,7 @@ inline void product_block(const float* w, int64_t width, const float* x, int64_t
   for (int64_t k = 0; k < width; k += Simd::kFloats) {
     F rows_of[kRowsAtOnce];
 JAXQ_UNROLL(4)
-    for (int r = 0; r < kRowsAtOnce; ++r) rows_of[r] = Simd::loadf(w + r * kSlab + k);
+    for (int r = 0; r < kRowsAtOnce; ++r) rows_of[r] = Simd::loadf(w + r * kSlabStride + k);
 JAXQ_UNROLL(4)
     for (int t = 0; t < kTokens; ++t) {
       const F v = Simd::loadf(x + t * x_stride + k);
@@ -236,18 +244,19 @@ inline void decoded_products(const Codes& c, ValuesOf values_of, const float* x,
       for (int64_t r = 0; r < kRowsAtOnce; ++r) {
         // Rows beyond the last are computed from it and thrown away.
         const int64_t from = row + (r < rows ? r : rows - 1);
-        decode<kBits>(c.codes + from * c.row_bytes, first, last, values_of(from), slab + r * kSlab);
+        decode<kBits>(c.codes + from * c.row_bytes, first, last, values_of(from), slab + r * kSlabStride);
       }
       product_tokens(slab, width, x + first * kRuns * kRun, padded, c.y + row, c.rows, rows, c.tokens);
     }
   }
 }
 
-template <int kBits, int kBytesOfValue>
+template <int kBits, class T>
 void lookup_of(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+  constexpr int kEntries = 1 << kBits;
   const auto values_of = [&](int64_t row) {
-    TableValues<kBytesOfValue> values;
-    values.row(table, kBits, row);
+    TableValues<T> values;
+    values.row(static_cast<const T*>(table.values) + row * kEntries, kEntries);
     return values;
   };
   decoded_products<kBits>(c, values_of, x, begin, end, scratch);
@@ -255,9 +264,11 @@ void lookup_of(const Codes& c, const Table& table, const float* x, int64_t begin
 
 template <int kBits>
 void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
-  if (table.bytes <= 2) return lookup_of<kBits, 2>(c, table, x, begin, end, scratch);
-  if (table.bytes == 3) return lookup_of<kBits, 3>(c, table, x, begin, end, scratch);
-  return lookup_of<kBits, 4>(c, table, x, begin, end, scratch);
+  switch (table.type) {
+    case kFloat32: return lookup_of<kBits, float>(c, table, x, begin, end, scratch);
+    case kFloat16: return lookup_of<kBits, Half>(c, table, x, begin, end, scratch);
+    case kBFloat16: return lookup_of<kBits, BFloat>(c, table, x, begin, end, scratch);
+  }
 }
 
 void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
@@ -271,7 +282,7 @@ void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, i
 
 template <int kBits>
 void grid_of(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
-  float* scales = scratch + kRowsAtOnce * kSlab;
+  float* scales = scratch + kRowsAtOnce * kSlabStride;
   float* zeros = scales + grid.padded_groups;
   const auto values_of = [&](int64_t row) {
     grid_row(grid, row, scales, zeros);
@@ -385,13 +396,16 @@ void integer(const Codes& c, const Grid& grid, const Digits& x, int64_t begin, i
 
 inline int32_t nearest_integer(float v) { return static_cast<int32_t>(v + (v < 0.0f ? -0.5f : 0.5f)); }
 
-// A unit of which `most` make up `top`, its reciprocal, and neither where there is nothing or no number.
+// A unit of which `most` make up `top`, and its reciprocal, which is 0 where there is nothing to divide.
 inline float unit_of(float top, float most, float* inverse) {
-  const bool usable = top > 0.0f && top <= 3.0e38f;
-  const float unit = top / most;
-  *inverse = usable && unit > 0.0f ? 1.0f / unit : 0.0f;
+  // Not so small that its reciprocal overflows, or its product with a scale underflows: activations are rounded to
+  // multiples of this at the finest.
+  constexpr float kSmallest = 1.0e-28f;
+  const bool finite = top <= 3.4028235e38f;
+  const float unit = top / most > kSmallest ? top / most : kSmallest;
+  *inverse = finite && top > 0.0f ? 1.0f / unit : 0.0f;
   // Infinite and undefined activations must not vanish.
-  return top <= 3.0e38f ? unit : __builtin_nanf("");
+  return finite ? unit : __builtin_nanf("");
 }
 
 inline float greater(float a, float b) { return a > b || a != a ? a : b; }
@@ -588,7 +602,7 @@ inline void decode_planes(const uint8_t* bytes, int64_t plane_stride, int bits, 
   F levels[9];
   for (int j = 0; j <= bits; ++j) levels[j] = Simd::setf(scales[j * kTile]);
   // A wide vector takes the bytes of two pairs; a last single one is followed by what the next group overwrites, or
-  // what lies beyond the last input.
+  // by the room between rows.
   constexpr int kStep = Simd::kFloats > 8 ? Simd::kFloats / 8 : 1;
   for (int64_t pair = 0; pair < pairs; pair += kStep) {
     for (int at = 0; at < 8 * kStep; at += Simd::kFloats) {
@@ -626,7 +640,7 @@ void planes_dense_of(const Planes& p, const float* x, int64_t inputs, int64_t be
           for (int64_t part = 0; part < kTile; part += Simd::kFloats)
             Simd::storef(wide[j] + part, Simd::scales(group + j * kTile + part));
         for (int64_t r = 0; r < rows; ++r)
-          decode_planes(lines + pair * kTile + r, p.pairs * kTile, p.bits, stop - pair, wide[0] + r, slab + r * kSlab + (pair - first) * 8);
+          decode_planes(lines + pair * kTile + r, p.pairs * kTile, p.bits, stop - pair, wide[0] + r, slab + r * kSlabStride + (pair - first) * 8);
         pair = stop;
       }
       // Beyond the last input there are no activations to read.
@@ -634,11 +648,11 @@ void planes_dense_of(const Planes& p, const float* x, int64_t inputs, int64_t be
       const int64_t width = (last * 8 < inputs ? last * 8 : inputs) - start, whole = width - width % Simd::kFloats;
       for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
         const int64_t some = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
-        product_tokens(slab + r * kSlab, whole, x + start, inputs, p.y + row + r, p.rows, some, p.tokens);
+        product_tokens(slab + r * kSlabStride, whole, x + start, inputs, p.y + row + r, p.rows, some, p.tokens);
         for (int64_t token = 0; token < p.tokens; ++token)
           for (int64_t s = r; s < r + some; ++s)
             for (int64_t k = whole; k < width; ++k)
-              p.y[token * p.rows + row + s] += slab[s * kSlab + k] * x[token * inputs + start + k];
+              p.y[token * p.rows + row + s] += slab[s * kSlabStride + k] * x[token * inputs + start + k];
       }
     }
   }
