@@ -33,8 +33,6 @@ def prepared(params: Any, use: bool) -> tuple[Any, dict[str, Any]]:
         return params, {"products": "xla"}
     with console.doing("compiling native kernels"):
         why_not = native.reason()
-    if not why_not and not native.vectorized():
-        why_not = "there are no native kernels for this processor's vector instructions"
     if why_not:
         console.remark(f"products in XLA: {why_not}")
         return params, {"products": "xla"}

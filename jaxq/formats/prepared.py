@@ -28,6 +28,9 @@ from jaxq.kernels.uniform import native as uniform_kernel
 
 TARGETS = ("cpu",)
 
+#: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
+TOKENS = 512
+
 #: Bytes that stand for an activation in integer products.
 DIGITS = {"float32": 3, "int16": 2, "int8": 1}
 
@@ -73,7 +76,7 @@ class PreparedArray(QuantizedArray):
     def restore(self) -> QuantizedArray:
         """The array in canonical packing."""
         in_size, out_size = self.matrix_shape
-        restored = self.kernel.restore(self.format, self.parts, in_size)
+        restored = self._restored()
         some = {"format": self.format, "layout": self.layout, "dtype": self.dtype_name}
         if isinstance(self.format, Uniform):
             return uniform.assemble(*restored, **some)
@@ -83,17 +86,28 @@ class PreparedArray(QuantizedArray):
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
 
+    def _restored(self) -> Any:
+        return self.kernel.restore(self.format, self.parts, self.matrix_shape[0])
+
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
-        return self.restore().matrix(dtype)
+        # Codes that are packed only to be unpacked would take longer than all the rest.
+        if isinstance(self.format, Uniform):
+            values = uniform.values_of(*self._restored(), self.format)
+        elif isinstance(self.format, Codebook):
+            values = codebook.lookup(*self._restored())
+        else:
+            return self.restore().matrix(dtype)
+        return values.astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         """`x @ matrix` by the kernel, in the dtype of `x`.
 
-        Runs as the canonical array does in programs for other platforms, for float64, on explicit mesh axes, and,
-        with a warning, where the kernels cannot run: an array that another machine prepared.
+        The weight becomes dense instead in programs for other platforms, for many tokens, for float64, on explicit
+        mesh axes, and, with a warning, where the kernels cannot run: an array that another machine prepared.
         """
         x = jnp.asarray(x)
-        if not dispatch.fits(x, self) or not native.available(warn=True):
+        many = x.size > TOKENS * self.matrix_shape[0]
+        if many or not dispatch.fits(x, self) or not native.available(warn=True):
             return _reference(x, self)
         return dispatch.on_cpu(_product, _reference, x, self)
 
@@ -139,7 +153,8 @@ def prepare(
 
     Args:
         tree: parameters, of which some leaves are quantized; or one quantized array.
-        target: "cpu". Where its kernels cannot run (no C++ compiler) leaves stay as they are, with one warning.
+        target: "cpu". Where its kernels cannot run (no C++ compiler, another processor) leaves stay as they are,
+            with one warning.
         activations: what uniform grids and bit planes may round the other operand to: "float32" (as exact as
             float32 sums), "int16" or "int8", integers with a unit for each group of inputs.
         on_fallback: called with the path and the reason for each quantized leaf that stays as it is.

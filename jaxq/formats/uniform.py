@@ -143,14 +143,7 @@ class UniformArray(QuantizedArray):
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         in_size, _ = self.matrix_shape
         codes = unpack(self.codes, self.format.bits, in_size)
-        return self._values(codes, self.scale, self.zero_point()).astype(dtype or self.dtype)
-
-    def _values(self, codes: Array, scale: Array, zero: Array) -> Float[Array, "*batch in channels"]:
-        in_size = codes.shape[-2]
-        if scale.shape[-2] == 1:
-            return dequantize_codes(codes, scale, zero)
-        groups = split_groups(codes, self.format.rows_per_group(in_size))
-        return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), in_size)
+        return values_of(codes, self.scale, self.zero_point(), self.format).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         return kernel.matmul(jnp.asarray(x), self)
@@ -189,7 +182,7 @@ class UniformArray(QuantizedArray):
         if scale.shape[-1] != 1 or self.format.group_size != "tensor":
             scale, zero = scale[:, flat], None if zero is None else zero[:, flat]
         some = dataclasses.replace(self, scale=scale, zero=zero)
-        values = self._values(codes, scale, some.zero_point())
+        values = values_of(codes, scale, some.zero_point(), self.format)
         return values.T.astype(self.dtype).reshape((*ids.shape, in_size))
 
     def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> UniformArray:
@@ -339,6 +332,17 @@ def quantize_codes(
     """Nearest codes: clip(round(w / scale) + zero, 0, 2^bits - 1). Ties go to even."""
     steps = jnp.round(w.astype(jnp.float32) / scale) + zero
     return jnp.clip(steps, 0, format.levels).astype(jnp.uint8)
+
+
+def values_of(
+    codes: UInt8[Array, "*batch in out"], scale: Array, zero: Array, format: Uniform
+) -> Float[Array, "*batch in out"]:
+    """The values of codes by scales and zero points of their groups, float32."""
+    in_size = codes.shape[-2]
+    if scale.shape[-2] == 1:
+        return dequantize_codes(codes, scale, zero)
+    groups = split_groups(codes, format.rows_per_group(in_size))
+    return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), in_size)
 
 
 def dequantize_codes(codes: Integer[Array, "*shape"], scale: Array, zero: Array) -> Float[Array, "*shape"]:

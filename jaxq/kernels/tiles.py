@@ -80,8 +80,8 @@ def rows_in_tile(in_size: int, columns: int, unit: int) -> int:
     return unit * 2 ** max((most // unit).bit_length() - 1, 0)
 
 
-def worthwhile(x: Array, array: Any) -> bool:
-    """Whether a product with `x` should go tile by tile."""
+def worthwhile(x: Array, array: Any, tokens: int = TOKENS) -> bool:
+    """Whether a product with `x` should go tile by tile, which up to so many tokens is faster."""
     in_size, out_size = array.matrix_shape
-    large = in_size * out_size > WHOLE and x.size <= TOKENS * in_size
+    large = in_size * out_size > WHOLE and x.size <= tokens * in_size
     return large and fits(x, array) and 0 < array.tile_unit <= in_size

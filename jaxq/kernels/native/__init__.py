@@ -6,4 +6,3 @@ from jaxq.kernels.native.library import call as call
 from jaxq.kernels.native.library import configure as configure
 from jaxq.kernels.native.library import instruction_set as instruction_set
 from jaxq.kernels.native.library import reason as reason
-from jaxq.kernels.native.library import vectorized as vectorized

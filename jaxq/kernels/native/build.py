@@ -34,7 +34,7 @@ SETS = {
         ),
     },
 }
-FAMILIES = {"amd64": "x86_64", "arm64": "aarch64"}
+FAMILIES = {"amd64": "x86_64"}
 
 #: Seconds that one file may take; some twenty are usual for all of them on one core.
 TIMEOUT = 600
@@ -83,7 +83,7 @@ def fingerprint(command: list[str]) -> str:
         command,
         _version(command),
         BASE,
-        SETS.get(family(), {}),
+        SETS[family()],
         jaxlib_version.__version__,
         platform.system(),
     )
@@ -115,8 +115,8 @@ def library() -> Path:
     that build at the same time do not disturb each other: each builds aside and the last rename stands. The name
     holds a checksum, so that a damaged file is not loaded, which could end the process.
     """
-    if platform.system() == "Windows":
-        raise BuildError("there is no native kernel for Windows")
+    if platform.system() == "Windows" or family() not in SETS:
+        raise BuildError(f"there are no native kernels for {platform.system()} on {platform.machine()}")
     command = compiler()
     folder, name = cache() / "native", f"products-{fingerprint(command)}"
     try:
@@ -147,7 +147,7 @@ def _checksum(path: Path) -> str:
 
 def _compile(command: list[str], scratch: Path) -> Path:
     # An older compiler may not know an instruction set; the others then do without it.
-    known = {name: flags for name, flags in SETS.get(family(), {}).items() if _accepts(command, flags)}
+    known = {name: flags for name, flags in SETS[family()].items() if _accepts(command, flags)}
     jobs = {"SCALAR": (), **known}
 
     def build(name: str) -> str:

@@ -46,6 +46,9 @@ def _loaded() -> tuple[Any, str]:
     library.jaxq_isa.restype = ctypes.c_char_p
     library.jaxq_configure.restype = ctypes.c_bool
     library.jaxq_configure.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    if library.jaxq_isa() == b"scalar":
+        # In plain C++, which is there to compare with, they take ten times as long as XLA's products.
+        return None, "there are no kernels for the vector instructions of this processor"
     return library, ""
 
 
@@ -68,14 +71,9 @@ def reason() -> str:
 
 
 def instruction_set() -> str:
-    """What the native kernel runs on: "avx512", "avx2" or "scalar"; empty if there is none."""
+    """What the native kernel runs on now: "avx512", "avx2" or "scalar"; empty if there is none."""
     library, _ = _load()
     return library.jaxq_isa().decode() if library else ""
-
-
-def vectorized() -> bool:
-    """Whether the native kernel runs on vector instructions; in plain C++ it is slower than XLA."""
-    return instruction_set() not in ("", "scalar")
 
 
 def configure(threads: int = 0, instruction_set: str = "") -> None:
@@ -83,7 +81,7 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
     Args:
         threads: at most so many of XLA's own; 0 for all of them.
-        instruction_set: "avx512", "avx2" or "scalar"; empty for the best of this processor.
+        instruction_set: "avx512", "avx2" or, to compare with, "scalar"; empty for the best of this processor.
 
     Raises JaxqError if there is no native kernel, or not for that instruction set.
     """

@@ -18,7 +18,7 @@ from jaxq.kernels.native import call, lines
 GROUPS = 16
 
 #: Tokens up to which integers are faster than decoding a tile to floats, by bytes of an activation.
-INTEGER_TOKENS = {1: 16, 2: 6, 3: 4}
+INTEGER_TOKENS = {1: 16, 2: 12, 3: 8}
 
 
 def unsupported(array: Any) -> str:
