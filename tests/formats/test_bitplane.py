@@ -76,7 +76,7 @@ def test_embedding_look_up(format):
     np.testing.assert_array_equal(jax.jit(lambda q, i: q.take_out(i))(q, ids), rows[np.asarray(ids)])
 
 
-@pytest.mark.parametrize("format", FORMATS[1:3], ids=str)
+@pytest.mark.parametrize("format", FORMATS[2:3], ids=str)
 def test_batch_axes_slice_scan_and_vmap(format):
     (q, _), x = example(format, 3, WIDTH, OUT, layout=Layout((10,), (), (0, 1, 2))), normal(2, WIDTH)
     dense = np.asarray(q.matrix())
@@ -148,7 +148,7 @@ def test_sharded_along_in():
         assert q.shape == (32, 8)
         return jax.lax.psum(q.matmul(x), "model")
 
-    np.testing.assert_allclose(product(q, x), x @ dense, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(product)(q, x), x @ dense, rtol=1e-4, atol=1e-4)
     with pytest.raises(JaxqError, match="inside a packed word"):
         example(BitPlane(2, 16), 64, 8)[0].partition_specs(P("model"), devices)
     with pytest.raises(JaxqError, match="a group would be cut"):
@@ -180,7 +180,8 @@ def test_quantized_function():
 
     reasons, ids = [], jnp.array([[1, 2, 3], [4, 19, 0]])
     out = jax.jit(jaxq.quantized(fn, lambda *why: reasons.append(why)))(params, ids)
-    np.testing.assert_allclose(out, fn(jaxq.dequantize(params), ids), rtol=1e-4, atol=1e-4)
+    dense = jax.jit(lambda params: fn(jaxq.dequantize(params), ids))(params)
+    np.testing.assert_allclose(out, dense, rtol=1e-4, atol=1e-4)
     assert not reasons
 
 

@@ -21,7 +21,7 @@ WORD = 32
 #: The values of the bits of a word as a signed number: the last one is negative.
 PLACES = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32)).view(np.int32)
 
-#: Tokens up to which products plane by plane are faster than one with the dense weight; 128 take four times as long.
+#: Tokens up to which products plane by plane gain; 128 take four times as long as with a dense weight.
 TOKENS = 16
 
 #: Numbers in the tile of one plane, and outputs at a time: XLA may keep the tiles of all planes.
