@@ -92,7 +92,8 @@ class PreparedArray(QuantizedArray):
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         # Codes that are packed only to be unpacked would take longer than all the rest.
         if isinstance(self.format, Uniform):
-            values = uniform.values_of(*self._restored(), self.format)
+            codes, scale, zero = self._restored()
+            values = uniform.values_of(codes, scale, zero, self.format)
         elif isinstance(self.format, Codebook):
             values = codebook.lookup(*self._restored())
         else:
