@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxq.calibration import ActivationRule as ActivationRule
 from jaxq.calibration import calibrate as calibrate
 from jaxq.errors import JaxqError as JaxqError
+from jaxq.formats import BitPlane as BitPlane
 from jaxq.formats import Codebook as Codebook
 from jaxq.formats import DenseSparse as DenseSparse
 from jaxq.formats import Layout as Layout
@@ -13,6 +14,8 @@ from jaxq.formats import QuantizedArray as QuantizedArray
 from jaxq.formats import Uniform as Uniform
 from jaxq.formats import dequantize as dequantize
 from jaxq.formats import is_quantized as is_quantized
+from jaxq.formats import prepare as prepare
+from jaxq.formats import restore as restore
 from jaxq.importance import importance as importance
 from jaxq.names import Activated as Activated
 from jaxq.names import activations as activations
@@ -30,6 +33,7 @@ from jaxq.report import SiteReport as SiteReport
 from jaxq.sites import Site as Site
 from jaxq.sites import sites as sites
 from jaxq.solvers.gptq import gptq as gptq
+from jaxq.solvers.hlq import hlq as hlq
 from jaxq.solvers.kmeans import kmeans as kmeans
 from jaxq.solvers.lnq import lnq as lnq
 from jaxq.solvers.rtn import rtn as rtn

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxq import jaxprs
 from jaxq.formats.codes import Codes, of_activation, of_weight, unfit
+from jaxq.formats.prepared import PreparedArray
 from jaxq.formats.uniform import UniformArray
 from jaxq.kernels import integer as kernel
 from jaxq.nested import NESTED
@@ -100,6 +101,8 @@ class IntegerRules(QuantizedRules):
             return f"is used by a {what}, which has no integer form"
         q = leaf.value
         weight = q.weight if q.rounds_input else q
+        if isinstance(weight, PreparedArray):
+            weight = weight.restore()
         if not isinstance(weight, UniformArray):
             return "is not stored on a uniform grid"
         if weight.scale.shape[-2] != 1:

@@ -213,6 +213,8 @@ def test_generate(place, out):
     args = ("--prompt", "The quick", "--max-tokens", "6")
     found = parsed("generate", out, *args)
     assert found["prompt"] == "The quick" and 1 <= len(found["tokens"]) <= 6
+    # No kernel takes groups of 16.
+    assert found["products"] == "xla"
     assert parsed("generate", out, *args)["tokens"] == found["tokens"]
     warm = (*args, "--temperature", "1.5", "--top-k", "50")
     draws = {tuple(parsed("generate", out, *warm, "--seed", seed)["tokens"]) for seed in (1, 1, 2)}

@@ -20,6 +20,7 @@ from jaxq.checkpoint import quantizers
 from jaxq.checkpoint.directory import MANIFEST
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray, is_quantized
+from jaxq.formats.prepared import restore
 
 #: The newest schema. Schema 2 has rounded activations, and settings of quantizers that no grid describes; a
 #: directory without them is written as schema 1, which older releases read.
@@ -136,6 +137,8 @@ def entries(params: Any) -> list[tuple[Entry, dict[str, Any]]]:
       JaxqError: a leaf is not an array, two leaves have the same path, or a quantized leaf could not be
         restored.
     """
+    # Files hold canonical arrays, whatever the machine that wrote them prepared.
+    params = restore(params)
     found: dict[str, tuple[Entry, dict[str, Any]]] = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]:
         key = tuple(jax.tree_util.keystr((part,), simple=True) for part in key_path)

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxq.cli import commands
+from jaxq.cli.bench import bench
 from jaxq.cli.console import complain, remember_interrupts
 from jaxq.cli.importing import import_model
 from jaxq.cli.quantize import quantize
@@ -127,6 +128,11 @@ for _command, _name, _lines in (
         ),
     ),
     (commands.inspect, "inspect", ("jaxq inspect out", "jaxq inspect out --verify --json")),
+    (
+        bench,
+        "bench",
+        ("jaxq bench kernels", "jaxq bench kernels --shapes 4096x11008 --batch 1,8 --json"),
+    ),
     (
         commands.recipes,
         "recipes",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxq.cli import console, sources
+from jaxq.cli.products import Native, prepared
 from jaxq.errors import JaxqError
 from jaxq.report.records import Report, number, size
 
@@ -210,6 +211,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Of float weights: float32 or bfloat16.")] = None,
+    native: Native = True,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -219,18 +221,22 @@ def generate(
     if not prompt.strip():
         raise JaxqError("the prompt is empty: give --prompt some text")
     opened = sources.open_model(model, dtype=dtype)
-    ids = _prompt_ids(opened.tokenizer, prompt, chat)
+    tokenizer = opened.tokenizer
+    ids = _prompt_ids(tokenizer, prompt, chat)
+    params, products = prepared(opened.model.params, native)
+    # One of the two forms of the weights is enough to hold.
+    language, opened = opened.model.replace(params=None), None
     start = time.perf_counter()
     with console.doing("generating"):
         generation = models.generate(
-            opened.model, opened.model.params, [ids], max_new_tokens=max_tokens, temperature=temperature,
+            language, params, [ids], max_new_tokens=max_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, transform=jaxq.quantized,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     new = generation.rows()[0]
-    text = opened.tokenizer.decode(new, skip_special_tokens=True)
+    text = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
-        console.print_json({"prompt": prompt, "text": text, "tokens": new, "seconds": seconds})
+        console.print_json({"prompt": prompt, "text": text, "tokens": new, "seconds": seconds, **products})
         return
     screen = console.out()
     if not chat:

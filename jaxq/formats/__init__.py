@@ -7,6 +7,8 @@ from jaxq.formats.base import abstract as abstract
 from jaxq.formats.base import dequantize as dequantize
 from jaxq.formats.base import from_dict as from_dict
 from jaxq.formats.base import is_quantized as is_quantized
+from jaxq.formats.bitplane import BitPlane as BitPlane
+from jaxq.formats.bitplane import BitPlaneArray as BitPlaneArray
 from jaxq.formats.codebook import Codebook as Codebook
 from jaxq.formats.codebook import CodebookArray as CodebookArray
 from jaxq.formats.dense_sparse import DenseSparse as DenseSparse
@@ -16,6 +18,9 @@ from jaxq.formats.grids import Dynamic as Dynamic
 from jaxq.formats.grids import Grid as Grid
 from jaxq.formats.grids import Log as Log
 from jaxq.formats.grids import ShiftLog as ShiftLog
+from jaxq.formats.prepared import PreparedArray as PreparedArray
+from jaxq.formats.prepared import prepare as prepare
+from jaxq.formats.prepared import restore as restore
 from jaxq.formats.rounded_input import RoundedInput as RoundedInput
 from jaxq.formats.rounded_input import RoundedInputArray as RoundedInputArray
 from jaxq.formats.rounded_input import rounded_input as rounded_input

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, unpack, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
+from jaxq.formats.rounding import round_to
 from jaxq.kernels import codebook as kernel
 
 TABLE_DTYPES = ("float16", "bfloat16", "float32")
@@ -100,7 +101,18 @@ class CodebookArray(QuantizedArray):
         return lookup(codes, self.table).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        return kernel.reference(x, self)
+        return kernel.matmul(jnp.asarray(x), self)
+
+    @property
+    def tile_unit(self) -> int:
+        """Inputs that can be decoded apart from the others."""
+        return whole_words(self.format.bits)
+
+    def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
+        """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
+        words = slice_words(self.codes, self.format.bits, row, rows, column, columns)
+        table = jax.lax.dynamic_slice_in_dim(self.table, column, columns, axis=1)
+        return lookup(unpack(words, self.format.bits, rows), table)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
@@ -129,24 +141,8 @@ class CodebookArray(QuantizedArray):
 
 
 def store(table: Float[Array, "*batch entries out"], format: Codebook) -> Float[Array, "*batch entries out"]:
-    """The table as it will be stored, in float32: rounded to the nearest of `table_dtype`, ties to even.
-
-    Values beyond the range become infinite. Numbers below the smallest normal float32 may become 0, as
-    everywhere in XLA. Arithmetic instead of a pair of casts, because XLA may drop such a pair
-    (`xla_allow_excess_precision`); `lax.reduce_precision` would flush the subnormals of float16.
-    """
-    table = table.astype(jnp.float32)
-    if format.table_dtype == "float32":
-        return table
-    info = jnp.finfo(format.table_dtype)
-    exponent = jax.lax.bitcast_convert_type(table, jnp.uint32) & jnp.uint32(0x7F800000)
-    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    # Below the smallest exponent the distance between numbers no longer shrinks.
-    power = jnp.maximum(power, jnp.float32(2.0**info.minexp))
-    steps = 2.0**info.nmant
-    rounded = jnp.round(table / power * steps) / steps * power
-    rounded = jnp.where(jnp.abs(rounded) > float(info.max), jnp.sign(table) * jnp.inf, rounded)
-    return jnp.where(jnp.isfinite(table), rounded, table)
+    """The table as it will be stored, in float32: rounded to the nearest of `table_dtype`, ties to even."""
+    return round_to(table, format.table_dtype)
 
 
 def representable(table: Float[Array, "*batch entries out"], format: Codebook) -> Bool[Array, "*batch"]:

@@ -8,7 +8,9 @@ checkpoints.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8, UInt32
@@ -26,10 +28,23 @@ def capacity_of(words: int, bits: int) -> int:
     return words * WORD // bits
 
 
+def whole_words(bits: int) -> int:
+    """The fewest values that end with a word."""
+    return WORD // math.gcd(bits, WORD)
+
+
 def _period(bits: int) -> tuple[int, int]:
     """(values, words) of the shortest run after which values and words start together again."""
-    common = math.gcd(bits, WORD)
-    return WORD // common, bits // common
+    values = whole_words(bits)
+    return values, values * bits // WORD
+
+
+def slice_words(
+    words: UInt32[Array, "*batch words out"], bits: int, row: Any, rows: int, column: Any, columns: int
+) -> UInt32[Array, "*batch some columns"]:
+    """The words of values `row` to `row + rows` of some columns; `row` is a multiple of `whole_words(bits)`."""
+    words = jax.lax.dynamic_slice_in_dim(words, row * bits // WORD, words_for(rows, bits), axis=words.ndim - 2)
+    return jax.lax.dynamic_slice_in_dim(words, column, columns, axis=words.ndim - 1)
 
 
 def _pad_rows(x: Array, rows: int) -> Array:
@@ -66,7 +81,8 @@ def unpack(words: UInt32[Array, "*batch words out"], bits: int, n: int) -> UInt8
     start = np.arange(values) * bits
     first, shift = start // WORD, start % WORD
     crosses = shift + bits > WORD
-    low = runs[..., first, :] >> jnp.asarray(shift, jnp.uint32)[:, None]
+    # Where no value crosses into another word there is but one word to read, and no look-up.
+    low = (runs if period_words == 1 else runs[..., first, :]) >> jnp.asarray(shift, jnp.uint32)[:, None]
     if crosses.any():
         last = np.where(crosses, first + 1, first)
         high = runs[..., last, :] << jnp.asarray(np.where(crosses, WORD - shift, 0), jnp.uint32)[:, None]

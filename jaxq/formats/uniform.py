@@ -7,6 +7,7 @@ consecutive inputs of a channel. The last group may be shorter than the others.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, unpack, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.kernels import uniform as kernel
 
@@ -142,17 +143,33 @@ class UniformArray(QuantizedArray):
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         in_size, _ = self.matrix_shape
         codes = unpack(self.codes, self.format.bits, in_size)
-        return self._values(codes, self.scale, self.zero_point()).astype(dtype or self.dtype)
-
-    def _values(self, codes: Array, scale: Array, zero: Array) -> Float[Array, "*batch in channels"]:
-        in_size = codes.shape[-2]
-        if scale.shape[-2] == 1:
-            return dequantize_codes(codes, scale, zero)
-        groups = split_groups(codes, self.format.rows_per_group(in_size))
-        return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), in_size)
+        return values_of(codes, self.scale, self.zero_point(), self.format).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        return kernel.reference(x, self)
+        return kernel.matmul(jnp.asarray(x), self)
+
+    @property
+    def tile_unit(self) -> int:
+        """Inputs that can be decoded apart from the others: whole words, and whole groups or parts of one."""
+        return tile_unit(self.format.rows_per_group(self.matrix_shape[0]), self.matrix_shape[0], self.format.bits)
+
+    def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
+        """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
+        in_size, _ = self.matrix_shape
+        codes = unpack(
+            slice_words(self.codes, self.format.bits, row, rows, column, columns), self.format.bits, rows
+        )
+        if self.format.group_size == "tensor":
+            return dequantize_codes(codes, self.scale, self.zero_point())
+        size = self.format.rows_per_group(in_size)
+        scale = slice_groups(self.scale, size, in_size, row, rows, column, columns)
+        zero = jnp.full_like(scale, 2 ** (self.format.bits - 1))
+        if self.zero is not None:
+            # Bytes, not the floats of `zero_point`: these are held for the whole matrix.
+            points = unpack(self.zero, self.format.bits, self.scale.shape[-2])
+            zero = slice_groups(points, size, in_size, row, rows, column, columns)
+        groups = split_groups(codes, min(size, rows))
+        return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), rows)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
@@ -165,7 +182,7 @@ class UniformArray(QuantizedArray):
         if scale.shape[-1] != 1 or self.format.group_size != "tensor":
             scale, zero = scale[:, flat], None if zero is None else zero[:, flat]
         some = dataclasses.replace(self, scale=scale, zero=zero)
-        values = self._values(codes, scale, some.zero_point())
+        values = values_of(codes, scale, some.zero_point(), self.format)
         return values.T.astype(self.dtype).reshape((*ids.shape, in_size))
 
     def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> UniformArray:
@@ -204,6 +221,31 @@ def join_groups(x: Array, in_size: int) -> Array:
     """Undoes `split_groups`."""
     *batch, groups, size, out_size = x.shape
     return x.reshape((*batch, groups * size, out_size))[..., :in_size, :]
+
+
+def tile_unit(size: int, in_size: int, bits: int) -> int:
+    """Inputs that end with a whole word, and with a group of `size` or inside one that such tiles fill evenly.
+
+    0 if there is no such number below the width.
+    """
+    word = whole_words(bits)
+    if size >= in_size:
+        return word
+    unit = math.lcm(size, word)
+    # A part of a group, if twice that again and again makes the group: tiles are powers of two of the unit.
+    while unit == size and unit % 2 == 0 and (unit // 2) % word == 0:
+        unit = size = unit // 2
+    return unit if unit <= in_size else 0
+
+
+def slice_groups(
+    x: Float[Array, "*batch groups out"], size: int, in_size: int, row: Any, rows: int, column: Any, columns: int
+) -> Float[Array, "*batch some columns"]:
+    """What belongs to the groups of `size` that inputs `row` to `row + rows` of some columns lie in."""
+    x = jax.lax.dynamic_slice_in_dim(x, column, columns, axis=x.ndim - 1)
+    if size >= in_size:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, row // size, -(-rows // size), axis=x.ndim - 2)
 
 
 def round_up(scale: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
@@ -290,6 +332,17 @@ def quantize_codes(
     """Nearest codes: clip(round(w / scale) + zero, 0, 2^bits - 1). Ties go to even."""
     steps = jnp.round(w.astype(jnp.float32) / scale) + zero
     return jnp.clip(steps, 0, format.levels).astype(jnp.uint8)
+
+
+def values_of(
+    codes: UInt8[Array, "*batch in out"], scale: Array, zero: Array, format: Uniform
+) -> Float[Array, "*batch in out"]:
+    """The values of codes by scales and zero points of their groups, float32."""
+    in_size = codes.shape[-2]
+    if scale.shape[-2] == 1:
+        return dequantize_codes(codes, scale, zero)
+    groups = split_groups(codes, format.rows_per_group(in_size))
+    return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), in_size)
 
 
 def dequantize_codes(codes: Integer[Array, "*shape"], scale: Array, zero: Array) -> Float[Array, "*shape"]:

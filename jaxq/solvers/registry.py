@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxq.formats.base import Format
+from jaxq.formats.bitplane import BitPlane
 from jaxq.formats.codebook import Codebook
 from jaxq.formats.uniform import Uniform
 from jaxq.solvers.gptq import gptq_solve
+from jaxq.solvers.hlq import hlq
 from jaxq.solvers.kmeans import kmeans_solve
 from jaxq.solvers.lnq import lnq_solve
 from jaxq.solvers.rtn import rtn
@@ -32,5 +34,6 @@ SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn, Uniform),
     "gptq": Solver(gptq_solve, Uniform, {"hessian": "hessian"}),
     "kmeans": Solver(kmeans_solve, Codebook, {"importance": "fisher"}),
+    "hlq": Solver(hlq, BitPlane),
     "lnq": Solver(lnq_solve, Codebook, {"hessian": "hessian", "importance": "none"}),
 }

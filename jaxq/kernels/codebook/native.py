@@ -1,0 +1,45 @@
+"""Look-up tables in C++: byte shuffles find all bytes of 16 values at once, and products are of floats.
+
+Exact but for the order of sums, whatever the dtype of the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from jaxq.kernels.native import call, lines
+
+
+def unsupported(array: Any) -> str:
+    """Why an array has no native product; empty if it has one."""
+    return "" if array.format.bits <= 4 else "native look-up tables have 1 to 4 bits"
+
+
+def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+    """(codes by rows `(batch..., out, bytes)`, tables by rows `(batch..., out, 2^bits)`)."""
+    return lines.pack(codes, array.format.bits), jnp.swapaxes(array.table, -1, -2)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
+
+
+def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+    """(codes, tables) of the canonical array."""
+    rows, table = parts
+    return lines.unpack(rows, format.bits, in_size), jnp.swapaxes(table, -1, -2)
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out), with what fills up the last block."""
+    return lines.inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
+
+
+def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
+    rows, table = prepared.parts
+    return call("jaxq_codebook", x, rows, table, out_size=rows.shape[-2], bits=np.int32(prepared.format.bits))

@@ -1,0 +1,384 @@
+// What XLA calls: checks shapes, prepares activations, hands rows out to threads.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(JAXQ_HAS_AVX2) || defined(JAXQ_HAS_AVX512)
+#include <cpuid.h>
+#endif
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using namespace jaxq;
+
+namespace {
+
+std::atomic<int> g_threads{0};
+std::atomic<const Kernels*> g_kernels{nullptr};
+
+#if defined(JAXQ_HAS_AVX2) || defined(JAXQ_HAS_AVX512)
+// Not every compiler lets __builtin_cpu_supports ask for it.
+bool converts_half() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+const Kernels* by_name(const std::string& name) {
+  if (name == "scalar") return &kScalar;
+#if defined(JAXQ_HAS_AVX2)
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_half()) return &kAvx2;
+#endif
+#if defined(JAXQ_HAS_AVX512)
+  if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_half())
+    return &kAvx512;
+#endif
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  const Kernels* chosen = g_kernels.load();
+  if (chosen) return *chosen;
+  const Kernels* best = nullptr;
+  for (const char* name : {"avx512", "avx2", "scalar"})
+    if ((best = by_name(name))) break;
+  // Unless somebody has chosen another meanwhile.
+  g_kernels.compare_exchange_strong(chosen, best);
+  return chosen ? *chosen : *best;
+}
+
+// Uninitialized memory that begins with a cache line, so that vectors do not straddle two.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(T) + kLine]) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((at + kLine - 1) / kLine * kLine);
+  }
+  T* get() const { return data_; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
+  T* data_;
+};
+
+// Calls work(begin, end, scratch) on parts of [0, count), which begin at multiples of `least`, until all is done. The
+// caller works too and waits only for parts that somebody has begun: a pool whose threads all wait here would otherwise
+// never run the rest. `work` must not throw: others still use it then.
+template <class Work>
+void parallel(ffi::ThreadPool& pool, int64_t count, int64_t least, int64_t scratch_floats, const Work& work) {
+  if (count <= 0) return;
+  const int64_t set = g_threads.load(), have = std::max<int64_t>(1, pool.num_threads());
+  const int64_t threads = set > 0 ? std::min(set, have) : have;
+  // Several parts for each thread even out what else the machine does.
+  const int64_t size = std::max(least, ceil_div(ceil_div(count, threads * 4), least) * least);
+  const int64_t parts = ceil_div(count, size), workers = std::min(threads, parts);
+  const int64_t stride = ceil_div(scratch_floats, 16) * 16;
+  struct State {
+    explicit State(int64_t floats) : scratch(floats) {}
+    std::atomic<int64_t> worker{0}, next{0}, done{0};
+    Buffer<float> scratch;
+  };
+  auto state = std::make_shared<State>(workers * stride);
+  if (workers == 1) return work(0, count, state->scratch.get());
+  const auto take = [state, parts, size, count, stride, &work] {
+    float* scratch = state->scratch.get() + state->worker.fetch_add(1) * stride;
+    for (int64_t part; (part = state->next.fetch_add(1)) < parts;) {
+      work(part * size, std::min(count, (part + 1) * size), scratch);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t helper = 1; helper < workers; ++helper) pool.Schedule(std::function<void()>(take));
+  take();
+  while (state->done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
+}
+
+using Dims = ffi::Span<const int64_t>;
+
+int64_t last(Dims dims, size_t from_end) { return dims[dims.size() - from_end]; }
+
+// Leading axes that jax.vmap added to the result (batch..., tokens, outputs): of size 1 in an operand that they do not
+// concern. Operands are numbered as they come.
+class Batch {
+ public:
+  explicit Batch(Dims out) : sizes_(out.begin(), out.end() - 2), tokens(last(out, 2)) {
+    for (const int64_t size : sizes_) count *= size;
+  }
+  // Whether an operand of so many axes of its own fits.
+  bool takes(Dims dims, size_t own) {
+    if (dims.size() != sizes_.size() + own) return false;
+    std::vector<int64_t> lead(dims.begin(), dims.begin() + sizes_.size());
+    for (size_t axis = 0; axis < lead.size(); ++axis)
+      if (lead[axis] != 1 && lead[axis] != sizes_[axis]) return false;
+    operands_.push_back(std::move(lead));
+    return true;
+  }
+  // Where operand 0, the activations, has all the batches and the others have one, every batch is more tokens.
+  void join() {
+    for (size_t operand = 0; operand < operands_.size(); ++operand)
+      for (size_t axis = 0; axis < sizes_.size(); ++axis)
+        if (operands_[operand][axis] != (operand == 0 ? sizes_[axis] : 1)) return;
+    tokens *= count;
+    count = 1;
+    sizes_.clear();
+    for (auto& lead : operands_) lead.clear();
+  }
+  // The place of batch number `batch` in an operand.
+  int64_t at(size_t operand, int64_t batch) const {
+    const std::vector<int64_t>& lead = operands_[operand];
+    int64_t place = 0, stride = 1;
+    for (size_t axis = lead.size(); axis-- > 0;) {
+      const int64_t index = batch % sizes_[axis];
+      batch /= sizes_[axis];
+      if (lead[axis] > 1) place += index * stride;
+      stride *= lead[axis];
+    }
+    return place;
+  }
+
+ private:
+  std::vector<int64_t> sizes_;
+  std::vector<std::vector<int64_t>> operands_;
+
+ public:
+  int64_t tokens, count = 1;
+};
+
+ffi::Error wrong(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("jaxq: ") + what); }
+
+// For the handlers' try blocks: no exception may leave a function that XLA calls.
+ffi::Error no_memory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxq: no memory for a product"); }
+
+bool scale_type(ffi::DataType type, ScaleType* out, int64_t* bytes) {
+  switch (type) {
+    case ffi::DataType::F32: *out = kFloat32; *bytes = 4; return true;
+    case ffi::DataType::F16: *out = kFloat16; *bytes = 2; return true;
+    case ffi::DataType::BF16: *out = kBFloat16; *bytes = 2; return true;
+    default: return false;
+  }
+}
+
+// Rows of several tokens are computed four at a time.
+constexpr int64_t kLeastRows = 16;
+
+// What codes and their activations have in common, if the shapes fit.
+struct CodesShape {
+  int64_t rows, row_bytes, inputs, blocks, padded;
+
+  bool fits(Dims out, Dims in, Dims codes, int32_t bits) {
+    rows = last(codes, 2), row_bytes = last(codes, 1), inputs = last(in, 1);
+    blocks = row_bytes / bytes_in_block(bits), padded = blocks * runs_in_block(bits) * kRun;
+    return row_bytes % bytes_in_block(bits) == 0 && padded >= inputs && last(in, 2) == last(out, 2) && last(out, 1) == rows;
+  }
+};
+
+ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer table,
+                    ffi::ResultBuffer<ffi::F32> y, int32_t bits) try {
+  const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), t = table.dimensions();
+  if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
+  CodesShape shape;
+  ScaleType type;
+  int64_t bytes = 0;
+  if (!scale_type(table.element_type(), &type, &bytes)) return wrong("tables of an unknown type");
+  if (out.size() < 2) return wrong("shapes do not fit");
+  Batch batch(out);
+  if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(t, 2) || !shape.fits(out, in, w, bits) ||
+      last(t, 2) != shape.rows || last(t, 1) != int64_t{1} << bits)
+    return wrong("shapes do not fit");
+  batch.join();
+  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
+  const Kernels& k = kernels();
+  Buffer<float> ordered(batch.tokens * padded);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
+    parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
+      k.order(from + begin * inputs, end - begin, inputs, padded, ordered.get() + begin * padded);
+    });
+    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
+                  y->typed_data() + b * batch.tokens * rows};
+    const Table values{static_cast<const char*>(table.untyped_data()) + ((batch.at(2, b) * rows) << bits) * bytes, type};
+    parallel(pool, rows, kLeastRows, code_scratch(0), [&](int64_t begin, int64_t end, float* scratch) {
+      k.lookup(c, values, ordered.get(), begin, end, scratch);
+    });
+  }
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return no_memory();
+}
+
+ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
+                   ffi::Buffer<ffi::U8> zero, ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size,
+                   int32_t digits, int64_t integer_tokens) try {
+  const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), s = scale.dimensions(),
+             z = zero.dimensions();
+  if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
+  if (digits < 1 || digits > 3) return wrong("activations have 1 to 3 digits");
+  CodesShape shape;
+  Grid grid{};
+  int64_t bytes = 0;
+  if (!scale_type(scale.element_type(), &grid.type, &bytes)) return wrong("scales of an unknown type");
+  if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
+  Batch batch(out);
+  if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(s, 2) || !batch.takes(z, 2) ||
+      !shape.fits(out, in, w, bits) || last(s, 2) != shape.rows || last(z, 2) != shape.rows || last(z, 1) != last(s, 1))
+    return wrong("shapes do not fit");
+  batch.join();
+  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
+  grid.padded_groups = last(s, 1);
+  grid.groups = std::max<int64_t>(1, ceil_div(inputs, group_size));
+  // One group may end anywhere; several end with whole runs.
+  grid.group_runs = grid.groups == 1 ? std::max<int64_t>(1, padded / kRun) : group_size / kRun;
+  if (grid.padded_groups % kGroupPad != 0 || grid.groups > grid.padded_groups ||
+      (grid.groups > 1 && group_size % kRun != 0))
+    return wrong("groups do not fit");
+  const Kernels& k = kernels();
+  const bool integer = batch.tokens <= integer_tokens;
+  const int64_t groups = integer ? batch.tokens * grid.padded_groups : 0;
+  const int64_t digit_bytes = integer ? batch.tokens * digits * padded : 0;
+  Buffer<float> ordered(integer ? 0 : batch.tokens * padded), units(groups), sums(groups);
+  Buffer<int8_t> digits_of(digit_bytes);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
+    grid.scale = static_cast<const char*>(scale.untyped_data()) + batch.at(2, b) * rows * grid.padded_groups * bytes;
+    grid.zero = zero.typed_data() + batch.at(3, b) * rows * grid.padded_groups;
+    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
+                  y->typed_data() + b * batch.tokens * rows};
+    if (!integer) {
+      parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
+        k.order(from + begin * inputs, end - begin, inputs, padded, ordered.get() + begin * padded);
+      });
+      parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups), [&](int64_t begin, int64_t end, float* scratch) {
+        k.grid(c, grid, ordered.get(), begin, end, scratch);
+      });
+      continue;
+    }
+    // What lies beyond the last input and the last group counts for nothing.
+    std::memset(digits_of.get(), 0, digit_bytes);
+    std::fill_n(units.get(), groups, 0.0f);
+    std::fill_n(sums.get(), groups, 0.0f);
+    parallel(pool, batch.tokens * grid.groups, 32, 0, [&](int64_t begin, int64_t end, float*) {
+      k.digits(from, inputs, padded, grid, digits, begin, end, digits_of.get(), units.get(), sums.get());
+    });
+    const Digits d{digits_of.get(), units.get(), sums.get(), digits};
+    parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups), [&](int64_t begin, int64_t end, float* scratch) {
+      k.integer(c, grid, d, begin, end, scratch);
+    });
+  }
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return no_memory();
+}
+
+ffi::Error bitplane(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> lines, ffi::AnyBuffer scale,
+                    ffi::ResultBuffer<ffi::F32> y, int64_t group_size, int32_t digits, int64_t table_tokens) try {
+  const Dims out = y->dimensions(), in = x.dimensions(), w = lines.dimensions(), s = scale.dimensions();
+  if (digits < 1 || digits > 3) return wrong("activations have 1 to 3 digits");
+  Planes p{};
+  int64_t bytes = 0;
+  if (!scale_type(scale.element_type(), &p.type, &bytes)) return wrong("scales of an unknown type");
+  if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
+  Batch batch(out);
+  if (!batch.takes(in, 2) || !batch.takes(w, 4) || !batch.takes(s, 4)) return wrong("shapes do not fit");
+  const int64_t tiles = last(w, 4), inputs = last(in, 1);
+  p.bits = static_cast<int>(last(w, 3));
+  p.pairs = last(w, 2);
+  p.groups = last(s, 3);
+  p.group_pairs = p.groups == 1 ? std::max<int64_t>(1, p.pairs) : group_size / 8;
+  p.rows = last(out, 1);
+  if (p.bits < 1 || p.bits > 8 || last(w, 1) != kTile || last(s, 1) != kTile || last(s, 2) != p.bits + 1 ||
+      last(s, 4) != tiles || tiles != ceil_div(p.rows, kTile) || last(in, 2) != last(out, 2) || p.pairs * 8 < inputs)
+    return wrong("shapes do not fit");
+  if (p.groups < 1 || (p.groups > 1 && (group_size % 8 != 0 || p.groups != ceil_div(p.pairs, p.group_pairs))))
+    return wrong("groups do not fit");
+  batch.join();
+  p.tokens = batch.tokens;
+  const Kernels& k = kernels();
+  const bool tabled = batch.tokens <= table_tokens;
+  const int64_t groups = tabled ? batch.tokens * p.groups : 0;
+  Buffer<uint8_t> tables(tabled ? batch.tokens * p.pairs * 2 * digits * 16 : 0);
+  Buffer<float> units(groups), sums(groups);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
+    p.lines = lines.typed_data() + batch.at(1, b) * tiles * p.bits * p.pairs * kTile;
+    p.scale = static_cast<const char*>(scale.untyped_data()) + batch.at(2, b) * tiles * p.groups * (p.bits + 1) * kTile * bytes;
+    p.y = y->typed_data() + b * batch.tokens * p.rows;
+    if (!tabled) {
+      parallel(pool, tiles, 1, kPlaneScratch, [&](int64_t begin, int64_t end, float* scratch) {
+        k.planes_dense(p, from, inputs, begin, end, scratch);
+      });
+      continue;
+    }
+    parallel(pool, groups, 4, 0, [&](int64_t begin, int64_t end, float*) {
+      k.subset_sums(from, inputs, p, digits, begin, end, tables.get(), units.get(), sums.get());
+    });
+    const Sums t{tables.get(), units.get(), sums.get(), digits};
+    parallel(pool, tiles, 1, 0, [&](int64_t begin, int64_t end, float*) { k.planes(p, t, begin, end); });
+  }
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return no_memory();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_codebook, codebook,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("bits"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int32_t>("digits")
+                                  .Attr<int64_t>("integer_tokens"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_bitplane, bitplane,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int32_t>("digits")
+                                  .Attr<int64_t>("table_tokens"));
+
+// Chooses the number of threads (0: all of XLA's) and the instruction set (empty: the best); false if it cannot run.
+extern "C" bool jaxq_configure(int threads, const char* isa) {
+  const Kernels* chosen = *isa ? by_name(isa) : nullptr;
+  if (*isa && !chosen) return false;
+  g_threads.store(threads);
+  g_kernels.store(chosen);
+  return true;
+}
+
+extern "C" const char* jaxq_isa() {
+  const Kernels* now = &kernels();
+#if defined(JAXQ_HAS_AVX2)
+  if (now == &kAvx2) return "avx2";
+#endif
+#if defined(JAXQ_HAS_AVX512)
+  if (now == &kAvx512) return "avx512";
+#endif
+  return now == &kScalar ? "scalar" : "";
+}

@@ -1,0 +1,39 @@
+// One instruction set: compiled with -DJAXQ_ISA_... and the flags that go with it.
+#include "kernels.h"
+
+#if defined(JAXQ_ISA_AVX512) || defined(JAXQ_ISA_AVX2)
+#include <immintrin.h>
+#else
+#include <cmath>
+#include <cstring>
+#endif
+
+namespace jaxq {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+#if defined(JAXQ_ISA_AVX512)
+#define JAXQ_TABLE kAvx512
+#include "simd_avx512.h"
+#elif defined(JAXQ_ISA_AVX2)
+#define JAXQ_TABLE kAvx2
+#include "simd_avx2.h"
+#else
+#define JAXQ_TABLE kScalar
+#include "simd_scalar.h"
+#endif
+
+}  // namespace
+
+#include "products.h"
+
+extern const Kernels JAXQ_TABLE;
+const Kernels JAXQ_TABLE = {order, digits, subset_sums, lookup, grid, integer, planes, planes_dense};
+
+}  // namespace jaxq

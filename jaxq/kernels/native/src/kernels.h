@@ -1,0 +1,112 @@
+// What every instruction set implements, and how weights lie in memory. No standard library here: these files are
+// compiled once for each instruction set, and an inline function of the library must not come from the wrong one.
+//
+// Codes of b = 1 to 4 bits, row by row (a row is an output). A run is 64 consecutive inputs, one in each byte of a
+// 64-byte line. A block is the least number of whole runs that fill whole lines:
+//   b = 4: 2 runs in 1 line    b = 2: 4 runs in 1 line    b = 1: 8 runs in 1 line
+//   b = 3: 8 runs in 3 lines, the low two bits in the first two as for b = 2, the high bit in the third
+// Run r of a line has its bits at place r * (bits in that line). Rows end with a whole block; what lies beyond the
+// last input meets activations of zero.
+//
+// Planes of one bit, in tiles of 64 rows: a line holds a byte for each row, its low nibble the bits of inputs 8c to
+// 8c + 3, its high nibble those of 8c + 4 to 8c + 7. Lines are ordered (tile, plane, c).
+#pragma once
+#include <cstdint>
+
+namespace jaxq {
+
+// The types of scales, offsets and tables.
+enum ScaleType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int64_t kRun = 64;
+constexpr int64_t kTile = 64;
+// Groups of a row are stored up to a multiple of this, so that whole vectors of scales can be read.
+constexpr int64_t kGroupPad = 16;
+
+// Static: the linker must not share a function between instruction sets.
+static constexpr int64_t runs_in_block(int bits) { return bits == 4 ? 2 : bits == 2 ? 4 : 8; }
+static constexpr int64_t bytes_in_block(int bits) { return bits == 3 ? 192 : 64; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A matrix of codes, its activations and its result. Activations were prepared by `order` or `digits`.
+struct Codes {
+  const uint8_t* codes;   // (rows, row_bytes)
+  int64_t row_bytes;
+  int bits;
+  int64_t blocks;         // of each row
+  int64_t rows;           // outputs in all: the stride of y
+  int64_t tokens;
+  float* y;               // (tokens, rows)
+};
+
+struct Table {
+  const void* values;     // (rows, 2^bits)
+  ScaleType type;
+};
+
+struct Grid {
+  const void* scale;      // (rows, padded groups)
+  ScaleType type;
+  const uint8_t* zero;    // (rows, padded groups)
+  int64_t padded_groups;
+  int64_t groups;
+  int64_t group_runs;     // runs that share a scale
+};
+
+// Activations as integers: x = sum_p 256^p digit_p * unit of the group.
+struct Digits {
+  const int8_t* bytes;    // (tokens, count, padded inputs)
+  const float* unit;      // (tokens, padded groups)
+  const float* sum;       // (tokens, padded groups): of the rounded activations
+  int count;              // 1 to 3
+};
+
+struct Planes {
+  const uint8_t* lines;   // (tiles, bits, pairs, 64)
+  const void* scale;      // (tiles, groups, bits + 1, 64), the offset last
+  ScaleType type;
+  int bits;
+  int64_t pairs;          // of quads: inputs / 8, rounded up
+  int64_t group_pairs;
+  int64_t groups;
+  int64_t rows, tokens;
+  float* y;               // (tokens, rows)
+};
+
+// For each quad of activations the 16 sums of its subsets, as unsigned integers of `count` bytes with a bias.
+struct Sums {
+  const uint8_t* tables;  // (tokens, quads, count, 16)
+  const float* unit;      // (tokens, groups)
+  const float* sum;       // (tokens, groups): of the activations
+  int count;              // 1 to 3
+};
+
+// Rows are handed out in [begin, end); for planes these are tiles. `scratch` has `code_scratch` or `kPlaneScratch` floats.
+struct Kernels {
+  // Activations in the order in which decoded vectors come: (tokens, inputs) to (tokens, padded).
+  void (*order)(const float* x, int64_t tokens, int64_t inputs, int64_t padded, float* out);
+  void (*digits)(const float* x, int64_t inputs, int64_t padded, const Grid&, int count, int64_t begin, int64_t end,
+                 int8_t* bytes, float* units, float* sums);
+  void (*subset_sums)(const float* x, int64_t inputs, const Planes&, int count, int64_t begin, int64_t end,
+                      uint8_t* tables, float* units, float* sums);
+  void (*lookup)(const Codes&, const Table&, const float* ordered, int64_t begin, int64_t end, float* scratch);
+  void (*grid)(const Codes&, const Grid&, const float* ordered, int64_t begin, int64_t end, float* scratch);
+  void (*integer)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
+  void (*planes)(const Planes&, const Sums&, int64_t begin, int64_t end);
+  void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
+};
+
+// Inputs decoded at a time when there are several tokens: four rows of them stay in the first cache. Decoded rows stand
+// further apart than that: a wide vector may write beyond its row, and rows at powers of two would share cache lines.
+constexpr int64_t kSlab = 1024;
+constexpr int64_t kSlabStride = kSlab + 16;
+constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kPlaneScratch = kTile * kSlabStride;
+// Decoded rows and two numbers a group, or three numbers a group.
+static inline int64_t code_scratch(int64_t padded_groups) { return kRowsAtOnce * kSlabStride + 3 * padded_groups; }
+
+extern const Kernels kScalar;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+
+}  // namespace jaxq

@@ -1,0 +1,79 @@
+// AVX-512 (F, BW, DQ, VL, VNNI): vectors of 64 bytes. See simd_scalar.h for what each function means.
+#pragma once
+
+struct Simd {
+  static constexpr int kBytes = 64, kFloats = 16, kBatch = 4;
+  using V = __m512i;
+  using F = __m512;
+
+  static V load(const void* p) { return _mm512_loadu_si512(p); }
+  static V broadcast16(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static V set8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  static V set16(int v) { return _mm512_set1_epi16(static_cast<short>(v)); }
+  static V zero() { return _mm512_setzero_si512(); }
+  static V both(V a, V b) { return _mm512_and_si512(a, b); }
+  static V either(V a, V b) { return _mm512_or_si512(a, b); }
+  static V right16(V a, int n) { return _mm512_srli_epi16(a, static_cast<unsigned>(n)); }
+  static V left16(V a, int n) { return _mm512_slli_epi16(a, static_cast<unsigned>(n)); }
+  static V left32(V a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+  static V add16(V a, V b) { return _mm512_add_epi16(a, b); }
+  static V sub16(V a, V b) { return _mm512_sub_epi16(a, b); }
+  static V add32(V a, V b) { return _mm512_add_epi32(a, b); }
+  static V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
+  static V set32(int32_t v) { return _mm512_set1_epi32(v); }
+  static V pick(V table, V index) { return _mm512_shuffle_epi8(table, index); }
+  static V low8(V a, V b) { return _mm512_unpacklo_epi8(a, b); }
+  static V high8(V a, V b) { return _mm512_unpackhi_epi8(a, b); }
+  static V low16(V a, V b) { return _mm512_unpacklo_epi16(a, b); }
+  static V high16(V a, V b) { return _mm512_unpackhi_epi16(a, b); }
+
+  static V dot(V sum, V u, V s) { return _mm512_dpbusd_epi32(sum, u, s); }
+  static V dot_result(V sum) { return sum; }
+
+  static F as_float(V a) { return _mm512_castsi512_ps(a); }
+  static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
+  static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static void storef(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F setf(float v) { return _mm512_set1_ps(v); }
+  static F zerof() { return _mm512_setzero_ps(); }
+  static F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static F subf(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F add_bits(F sum, F scale, uint32_t bits) {
+    return _mm512_mask_add_ps(sum, static_cast<__mmask16>(bits), sum, scale);
+  }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+
+  static F bytes_to_float(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F scales(const float* p) { return _mm512_loadu_ps(p); }
+  static F scales(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F scales(const BFloat* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F lane_scales(const float* p) {
+    __m512 a = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 16), 1);
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 32), 2);
+    return _mm512_insertf32x4(a, _mm_loadu_ps(p + 48), 3);
+  }
+  static F lane_scales(const Half* p) { return _mm512_cvtph_ps(fours(p)); }
+  static F lane_scales(const BFloat* p) { return widen(fours(p)); }
+  static void lane_store(float* p, F a) {
+    _mm_storeu_ps(p, _mm512_castps512_ps128(a));
+    _mm_storeu_ps(p + 16, _mm512_extractf32x4_ps(a, 1));
+    _mm_storeu_ps(p + 32, _mm512_extractf32x4_ps(a, 2));
+    _mm_storeu_ps(p + 48, _mm512_extractf32x4_ps(a, 3));
+  }
+
+ private:
+  static F widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+  template <class T>
+  static __m256i fours(const T* p) {
+    const __m128i low = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),
+                                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 16)));
+    const __m128i high = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 32)),
+                                            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 48)));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
+};

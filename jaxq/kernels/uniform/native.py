@@ -1,0 +1,76 @@
+"""Uniform grids in C++: integer products of codes and activations, or floats where there are many tokens.
+
+Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more
+than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from jaxq.kernels.native import call, lines
+
+#: Groups of a row are stored up to a multiple of this.
+GROUPS = 16
+
+#: Tokens up to which integers are faster than decoding a tile to floats, by bytes of an activation.
+INTEGER_TOKENS = {1: 16, 2: 12, 3: 8}
+
+
+def unsupported(array: Any) -> str:
+    """Why an array has no native product; empty if it has one."""
+    if array.format.bits > 4:
+        return "native uniform grids have 1 to 4 bits"
+    in_size, _ = array.matrix_shape
+    size = array.format.rows_per_group(in_size)
+    return "" if size >= in_size or size % lines.RUN == 0 else f"groups are not multiples of {lines.RUN}"
+
+
+def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+    """(codes by rows `(batch..., out, bytes)`, scales and zero points by rows `(batch..., out, groups)`).
+
+    Groups are filled up with zeros.
+    """
+    _, out_size = array.matrix_shape
+    groups = -(-array.scale.shape[-2] // GROUPS) * GROUPS
+
+    def rows(x: Array) -> Array:
+        if array.format.group_size == "tensor":
+            x = jnp.broadcast_to(x, (*x.shape[:-1], out_size))
+        return lines.pad_to(jnp.swapaxes(x, -1, -2), groups, -1)
+
+    return lines.pack(codes, array.format.bits), rows(array.scale), rows(array.zero_point().astype(jnp.uint8))
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
+
+
+def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+    """(codes, scales, zero points) of the canonical array."""
+    codes, scale, zero = parts
+    groups = -(-in_size // format.rows_per_group(in_size))
+    channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
+    scale, zero = (jnp.swapaxes(x[..., channels, :groups], -1, -2) for x in (scale, zero))
+    return lines.unpack(codes, format.bits, in_size), scale, zero
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out), with what fills up the last block."""
+    return lines.inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
+
+
+def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
+    format, digits = prepared.format, prepared.digits
+    attributes = {
+        "bits": np.int32(format.bits),
+        "group_size": np.int64(format.rows_per_group(x.shape[-1])),
+        "digits": np.int32(digits),
+        "integer_tokens": np.int64(INTEGER_TOKENS[digits]),
+    }
+    return call("jaxq_uniform", x, *prepared.parts, out_size=prepared.parts[0].shape[-2], **attributes)
