@@ -35,10 +35,13 @@ def products(fn, *args):
     found = []
 
     def look(jaxpr):
+        platforms = [eqn.outvars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "platform_index"]
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
                 found.append([v.aval.dtype.name for v in (*eqn.invars, eqn.outvars[0])])
-            for inner in subjaxprs(eqn):
+            chosen = bool(eqn.invars) and any(eqn.invars[0] is v for v in platforms)
+            # The last branch of a choice by platform is that of CPUs, among all others.
+            for inner in list(subjaxprs(eqn))[-1 if chosen else 0 :]:
                 look(inner)
 
     look(jax.make_jaxpr(fn)(*args).jaxpr)
