@@ -96,12 +96,12 @@ def aphq_vit(
     """APHQ-ViT: error weighted by the average perturbation Hessian, MLPs rebuilt with ReLU (Wu et al. 2025).
 
     relu: whether GELU becomes ReLU, its MLPs fitted for mlp_iterations (iterations when left out). images: for the
-    grids; all calibration images are trained on.
+    grids; all calibration images are trained on, `batch` (32) of them in a step.
     """
     rebuilt: tuple[Step, ...] = ()
     if relu:
         share = PERCENTILES.get(activations, 0.99)
-        rebuilt = (ReluMLP(share, iterations=mlp_iterations or iterations),)
+        rebuilt = (ReluMLP(share, iterations=mlp_iterations or iterations, **_batch(more)),)
     return _reconstructed("aphq-vit", weights, activations, loss, iterations, images, more, rebuilt)
 
 
@@ -186,12 +186,17 @@ def jaxq_vit(
     """
     share = PERCENTILES.get(activations, 0.99)
     first: tuple[Step, ...] = (Rotate(),) if rotate else ()
-    first += (ReluMLP(share, iterations=mlp_iterations or iterations),) if relu else ()
+    first += (ReluMLP(share, iterations=mlp_iterations or iterations, **_batch(more)),) if relu else ()
     recipe = _reconstructed("jaxq-vit", weights, activations, loss, iterations, images, more, first)
     if not whole_iterations:
         return recipe
     together = Reconstruct(
         "weights", loss="mse", whole=True, iterations=whole_iterations, rate=whole_rate,
-        scale_rate=whole_scale_rate, mixed=1.0, drop=1.0,
+        scale_rate=whole_scale_rate, mixed=1.0, drop=1.0, **_batch(more),
     )  # fmt: skip
     return dataclasses.replace(recipe, steps=(*recipe.steps, together))
+
+
+def _batch(more: dict[str, Any]) -> dict[str, Any]:
+    """The setting of that name, for the other steps that train."""
+    return {"batch": more["batch"]} if "batch" in more else {}

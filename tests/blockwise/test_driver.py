@@ -115,3 +115,11 @@ def test_steps_are_data():
     for kind in STEPS.values():
         assert step_from_dict(kind().to_dict()) == kind()
     assert Reconstruct().to_dict()["step"] == "reconstruct"
+
+
+@pytest.mark.parametrize("name", ["aphq-vit", "jaxq-vit"])
+def test_a_batch_is_that_of_all_steps_that_train(name):
+    recipe = recipes.named(name, weights=4, activations=4, batch=8)
+    assert {step.batch for step in recipe.steps if hasattr(step, "batch")} == {8}
+    untold = recipes.named(name, weights=4, activations=4)
+    assert {step.batch for step in untold.steps if hasattr(step, "batch")} == {32}
