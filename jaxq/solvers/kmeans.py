@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
 from jaxq.formats.codebook import Codebook, CodebookArray, assemble, lookup, nearest, representable, store
+from jaxq.kernels import native
 from jaxq.solvers.common import all_finite, check, matrices
 from jaxq.solvers.lloyd import Channels, better, iterate, lloyd
 from jaxq.solvers.segments import best_cuts, bytes_for, evaluations
@@ -25,6 +26,12 @@ BUDGET_SECONDS = 30.0
 #: Segment costs a second: 1.3e9 on two cores of a server and 4.1e11 on an H100 in docs/results.md; that of a TPU
 #: is a guess.
 RATES = {"cpu": 1e9, "gpu": 4e11, "tpu": 1e11}
+
+#: Segment costs for which the C++ kernel is called: some tens of milliseconds of XLA's.
+NATIVE_FROM = 2e7
+
+#: Segment costs a second of the C++ kernel, which looks at entries * in * log2(in) of them for a channel.
+NATIVE_RATE = 5e8
 
 #: Bytes of temporaries at a time. CPUs are fastest where these stay in the cache.
 MEMORY = {"cpu": 12 * 2**20, "gpu": 2**32, "tpu": 2**31}
@@ -53,9 +60,10 @@ def kmeans(
         importance: shaped like `w`, or like its canonical matrix; not negative; any scale, which may differ
             between channels. None counts all weights alike.
         format: bits and the dtype of the tables.
-        method: "exact" finds the optimum by dynamic programming, O(entries in^1.5) for a channel; "lloyd" runs
-            50 iterations from two starts, O(entries in); "auto" takes "exact" where an estimate of its time
-            for this matrix on this backend stays within `BUDGET_SECONDS`.
+        method: "exact" finds the optimum by dynamic programming, O(entries in^1.5) for a channel, and O(entries
+            in log in) on CPUs with a C++ compiler; "lloyd" runs 50 iterations from two starts, O(entries in);
+            "auto" takes "exact" where an estimate of its time for this matrix on this backend stays within
+            `BUDGET_SECONDS`.
         frozen: bool, of the canonical shape `(batch..., in, out)`: weights whose error costs nothing (they are
             stored elsewhere).
         layout: how the logical leaf maps to the canonical matrix.
@@ -115,8 +123,33 @@ def fit_tables(
         raise JaxqError(f"unknown k-means method {method!r}; use one of {', '.join(map(repr, METHODS))}")
     n, out = w.shape
     backend = jax.default_backend()
-    exact = method == "exact" or (method == "auto" and seconds(n, out, entries, backend) <= BUDGET_SECONDS)
-    return _fit_tables(w, importance, entries, exact, _chunk(n, out, entries, exact, backend))
+    natively = _natively(w, importance, entries, backend)
+    needed = native_seconds(n, out, entries) if natively else seconds(n, out, entries, backend)
+    exact = method == "exact" or (method == "auto" and needed <= BUDGET_SECONDS)
+    fit = _fit_natively if exact and natively else _fit_tables
+    return fit(w, importance, entries, exact, _chunk(n, out, entries, exact, backend))
+
+
+def _natively(w: Array, importance: Array, entries: int, backend: str) -> bool:
+    """Whether the exact method runs in C++: on CPUs, for what is worth the call, not on explicit mesh axes."""
+    n, out = w.shape
+    if backend != "cpu" or out * evaluations(n, entries) < NATIVE_FROM:
+        return False
+    whole = all(entry is None for x in (w, importance) for entry in jax.typeof(x).sharding.spec)
+    return whole and native.available()
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fit_natively(w: Array, importance: Array, entries: int, exact: bool, width: int) -> Array:
+    """`fit_tables` in C++, where the program runs on a CPU."""
+
+    def kernel(w: Array, f: Array) -> Array:
+        return native.tables(w.T.astype(jnp.float32), f.T.astype(jnp.float32), entries).T
+
+    def plain(w: Array, f: Array) -> Array:
+        return _fit_tables(w, f, entries, exact, width)
+
+    return jax.lax.platform_dependent(w, importance, cpu=kernel, default=plain)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -135,6 +168,11 @@ def _fit_tables(w: Array, importance: Array, entries: int, exact: bool, width: i
 def seconds(n: int, out: int, entries: int, backend: str) -> float:
     """About how long the exact method takes for `out` channels of `n` weights."""
     return out * evaluations(n, entries) / RATES.get(backend, RATES["cpu"])
+
+
+def native_seconds(n: int, out: int, entries: int) -> float:
+    """About how long the exact method takes in C++."""
+    return out * entries * n * math.log2(n + 1) / NATIVE_RATE
 
 
 def _chunk(n: int, out: int, entries: int, exact: bool, backend: str) -> int:

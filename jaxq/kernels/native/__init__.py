@@ -6,3 +6,4 @@ from jaxq.kernels.native.library import call as call
 from jaxq.kernels.native.library import configure as configure
 from jaxq.kernels.native.library import instruction_set as instruction_set
 from jaxq.kernels.native.library import reason as reason
+from jaxq.kernels.native.library import tables as tables

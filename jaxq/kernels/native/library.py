@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxq.errors import JaxqError
 from jaxq.kernels.native import build
 
-TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane")
+TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane", "jaxq_tables")
 
 #: For `jax.export.export(..., disabled_checks=...)`: a program with native products runs only where jaxq is
 #: loaded.
@@ -99,7 +99,23 @@ def call(name: str, x: Array, *operands: Array, out_size: int, **attributes: Any
     """
     out = jax.ShapeDtypeStruct((x.shape[0], out_size), jnp.float32)
     y = jax.ffi.ffi_call(name, out, vmap_method="expand_dims")(x, *operands, **attributes)
-    # In a shard_map the result varies over every axis that an operand varies over, which the call does not know.
-    kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in (x, *operands)]
+    return _varying(y, x, *operands)
+
+
+def tables(
+    w: Float[Array, "channels in"], importance: Float[Array, "channels in"], entries: int
+) -> Float[Array, "channels entries"]:
+    """Centroids of exact weighted k-means for each channel, ascending, all in float32.
+
+    Importance is not negative; a channel without any counts its weights alike. O(entries in log in) a channel.
+    """
+    out = jax.ShapeDtypeStruct((w.shape[0], entries), jnp.float32)
+    table = jax.ffi.ffi_call("jaxq_tables", out, vmap_method="broadcast_all")(w, importance)
+    return _varying(table, w, importance)
+
+
+def _varying(y: Array, *operands: Array) -> Array:
+    """In a shard_map the result varies over every axis that an operand varies over, which a call does not know."""
+    kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in operands]
     varying = sorted({axis for kind in kinds if kind is not None for axis in kind.varying})
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y

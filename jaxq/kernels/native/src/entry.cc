@@ -330,8 +330,34 @@ ffi::Error bitplane(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   return no_memory();
 }
 
+ffi::Error tables(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> w, ffi::Buffer<ffi::F32> f, ffi::ResultBuffer<ffi::F32> table) try {
+  const Dims of = w.dimensions(), out = table->dimensions(), importance = f.dimensions();
+  if (of.size() < 1 || out.size() != of.size() || importance.size() != of.size()) return wrong("shapes do not fit");
+  int64_t rows = 1;
+  for (size_t axis = 0; axis + 1 < of.size(); ++axis) {
+    rows *= of[axis];
+    if (out[axis] != of[axis] || importance[axis] != of[axis]) return wrong("shapes do not fit");
+  }
+  const int64_t points = last(of, 1), entries = last(out, 1);
+  if (last(importance, 1) != points || points < 1 || points >= int64_t{1} << 31 || entries < 1)
+    return wrong("shapes do not fit");
+  const Kernels& k = kernels();
+  parallel(pool, rows, 1, table_scratch(points, entries), [&](int64_t begin, int64_t end, float* scratch) {
+    k.tables(w.typed_data(), f.typed_data(), points, entries, begin, end, table->typed_data(), scratch);
+  });
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return no_memory();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_tables, tables,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_codebook, codebook,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

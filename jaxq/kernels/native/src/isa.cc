@@ -32,8 +32,9 @@ struct BFloat {
 }  // namespace
 
 #include "products.h"
+#include "tables.h"
 
 extern const Kernels JAXQ_TABLE;
-const Kernels JAXQ_TABLE = {order, digits, subset_sums, lookup, grid, integer, planes, planes_dense};
+const Kernels JAXQ_TABLE = {order, digits, subset_sums, lookup, grid, integer, planes, planes_dense, tables};
 
 }  // namespace jaxq

@@ -94,7 +94,18 @@ struct Kernels {
   void (*integer)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
   void (*planes)(const Planes&, const Sums&, int64_t begin, int64_t end);
   void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
+  // Tables (rows, entries) for rows of points and their importance; `scratch` has `table_scratch` floats.
+  void (*tables)(const float* w, const float* f, int64_t points, int64_t entries, int64_t begin, int64_t end, float* out,
+                 float* scratch);
 };
+
+// Importance below this part of a row's greatest counts as none.
+constexpr double kNegligible = 1e-30;
+
+// Five wide running sums, points and importance in double, keys twice, cuts, and a split for each layer but two.
+static inline int64_t table_scratch(int64_t points, int64_t entries) {
+  return 4 * 5 * (points + 1) + 4 * points + 4 * points + 2 * (entries + 1) + entries * (points + 1);
+}
 
 // Inputs decoded at a time when there are several tokens: four rows of them stay in the first cache. Decoded rows stand
 // further apart than that: a wide vector may write beyond its row, and rows at powers of two would share cache lines.
