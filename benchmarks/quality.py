@@ -10,9 +10,7 @@ least as many bits as the tables of the others (docs/results.md shows the sizes)
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import jax
+from rows import Rows
 
 import jaxq
 from jaxq import data, evaluate, losses, models, recipes
@@ -58,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-offgrid")
     parser.add_argument("--bits", default="2,3,4")
-    parser.add_argument("--methods", default="all", help=f"of: {'; '.join(METHODS)} (separated by ;)")
+    parser.add_argument(
+        "--methods", default="all", help=f"of: {'; '.join(METHODS).replace('%', '%%')} (separated by ;)"
+    )
     parser.add_argument("--calibration", default="handbook")
     parser.add_argument("--texts", default="austen,essays")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
@@ -81,36 +81,24 @@ def main() -> None:
         return {n: evaluate.perplexity(model.apply, params, w)["perplexity"] for n, w in windows.items()}
 
     settings = {k: getattr(args, k) for k in ("model", "calibration", "samples", "seq_len", "batch", "windows")}
-    device = jax.devices()[0].device_kind
-    versions = {"jax": jax.__version__, "jaxq": jaxq.__version__, "python": platform.python_version()}
-    known: dict[str, Any] = {"settings": settings, "device": device, "versions": versions, "rows": []}
-    if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if before["settings"] != settings:
-            parser.error(f"{args.json} is of another run: {before['settings']}")
-        known["rows"] = before["rows"]
-    done = {(r["method"], r["bits"]) for r in known["rows"]}
+    rows = Rows(args.json, settings, ("method", "bits"))
 
     def add(row: dict[str, Any]) -> None:
-        # JSON has no NaN.
-        known["rows"].append({k: None if v != v else v for k, v in row.items()})
+        rows.add(row)
         shown = "  ".join(f"{n} {p:10.3f}" for n, p in row["perplexity"].items())
         print(
             f"{row['method']:20s} {row['bits']:2d} bits  {row['bits_per_weight']:6.3f} b/w  {shown}  "
             f"{row['seconds']:6.1f} s  error {row['error']:.4f}",
             flush=True,
         )
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(known, indent=1) + "\n")
 
-    if ("float32", 32) not in done:
+    if ("float32", 32) not in rows:
         figures = {"perplexity": measure(model.params), "seconds": 0.0, "error": 0.0}
         add({"method": "float32", "bits": 32, "bits_per_weight": 32.0, **figures})
     chosen = list(METHODS) if args.methods == "all" else [m.strip() for m in args.methods.split(";")]
     for bits in map(int, args.bits.split(",")):
         for method in chosen:
-            if (method, bits) in done:
+            if (method, bits) in rows:
                 continue
             start = time.perf_counter()
             result = jaxq.quantize(

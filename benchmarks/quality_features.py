@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rows import Rows
 
 import jaxq
 from jaxq import image_data, recipes
@@ -220,30 +219,19 @@ def main() -> None:
 
     names = ("model", "size", "blocks", "train", "test", "neighbours", "samples", "iterations", "batch")
     settings = {k: getattr(args, k) for k in names}
-    versions = {"jax": jax.__version__, "jaxq": jaxq.__version__, "python": platform.python_version()}
-    known: dict[str, Any] = {"settings": settings, "device": jax.devices()[0].device_kind, "versions": versions}
-    known["rows"] = []
-    if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if before["settings"] != settings:
-            parser.error(f"{args.json} is of another run: {before['settings']}")
-        known["rows"] = before["rows"]
-    done = {(r["method"], r["weights"], r["activations"], r["seed"]) for r in known["rows"]}
+    rows = Rows(args.json, settings, ("method", "weights", "activations", "seed"))
 
     def add(row: dict[str, Any]) -> None:
-        known["rows"].append(row)
+        rows.add(row)
         scores = "  ".join(f"{name} {row[name]:{'.4f' if name == 'cosine' else '5.1f'}}" for name in SCORES)
         print(
             f"{row['method']:16s} W{row['weights']}A{row['activations']} seed {row['seed']}  {scores}  "
             f"{row['seconds']:7.1f} s",
             flush=True,
         )
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(known, indent=1) + "\n")
 
     scorer = Scorer(model, whole[: args.train], test[: args.test], args.batch, args.neighbours)
-    if ("float32", 32, 32, 0) not in done:
+    if ("float32", 32, 32, 0) not in rows:
         row = {"method": "float32", "weights": 32, "activations": 32, "seed": 0}
         add(row | scorer.score(model, model.params) | {"seconds": 0.0})
     functions = {m: functools.partial(classifier, m.apply, m.config.prefix, scorer.head) for m in (model, relu)}
@@ -254,7 +242,7 @@ def main() -> None:
         batches = image_data.batches(drawn[order], model.config, args.batch)
         for weights, activations in (map(int, pair.split("/")) for pair in args.bits.split(",")):
             for method in chosen:
-                if (method, weights, activations, seed) in done:
+                if (method, weights, activations, seed) in rows:
                     continue
                 recipe = recipe_of(method, weights, activations, args.iterations)
                 student = relu if any(isinstance(step, ReluMLP) for step in recipe.steps) else model

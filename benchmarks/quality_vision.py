@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
+from rows import Rows
 
 import jaxq
 from jaxq import evaluate, image_data, models, recipes
@@ -92,28 +91,17 @@ def main() -> None:
             return float(evaluate.top1(apply, params, test.images, test.labels, prepare=prepare)["top1"])
 
     settings = {k: getattr(args, k) for k in ("model", "samples", "iterations", "test")}
-    device = jax.devices()[0].device_kind
-    versions = {"jax": jax.__version__, "jaxq": jaxq.__version__, "python": platform.python_version()}
-    known: dict[str, Any] = {"settings": settings, "device": device, "versions": versions, "rows": []}
-    if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if before["settings"] != settings:
-            parser.error(f"{args.json} is of another run: {before['settings']}")
-        known["rows"] = before["rows"]
-    done = {(r["method"], r["weights"], r["activations"], r["seed"]) for r in known["rows"]}
+    rows = Rows(args.json, settings, ("method", "weights", "activations", "seed"))
 
     def add(row: dict[str, Any]) -> None:
-        known["rows"].append(row)
+        rows.add(row)
         print(
             f"{row['method']:22s} W{row['weights']}A{row['activations']} seed {row['seed']}  "
             f"{row['top1']:6.2f} %  {row['seconds']:7.1f} s",
             flush=True,
         )
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(known, indent=1) + "\n")
 
-    if ("float32", 32, 32, 0) not in done:
+    if ("float32", 32, 32, 0) not in rows:
         top1 = score(model.apply, model.params)
         add({"method": "float32", "weights": 32, "activations": 32, "seed": 0, "top1": top1, "seconds": 0.0})
     chosen = list(METHODS) if args.methods == "all" else [m.strip() for m in args.methods.split(";")]
@@ -123,7 +111,7 @@ def main() -> None:
         batches = image_data.batches(drawn[order], model.config, args.batch)
         for weights, activations in (map(int, pair.split("/")) for pair in args.bits.split(",")):
             for method in chosen:
-                if (method, weights, activations, seed) in done:
+                if (method, weights, activations, seed) in rows:
                     continue
                 recipe = recipe_of(method, weights, activations, args.iterations)
                 student = relu if any(isinstance(step, ReluMLP) for step in recipe.steps) else model
