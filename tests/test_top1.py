@@ -193,6 +193,7 @@ def test_fewer_images_than_asked_for_are_said(place):
         ("llama --metric top1 --data tiny", "is a language model, top1 is for images: use --metric perplexity"),
         ("three --metric top1 --data tiny", "knows 3 classes, tiny has 5"),
         ("llama --data text.txt --images 3", "--images goes with --metric top1"),
+        ("vit --metric top1 --data tiny --windows 3", "--windows and --seq-len go with --metric perplexity"),
         ("vit --metric accuracy --data tiny", "unknown metric 'accuracy'; use perplexity, top1"),
     ],
 )

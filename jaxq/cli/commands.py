@@ -67,8 +67,10 @@ def evaluate(
             help="Text: a file, or the held-out tenth of austen, essays, handbook. Images: fashion-mnist.",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows scored, from the start of the text.")] = 40,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows scored, from the start of the text; 40 when left out.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window; 512 when left out.")] = None,
     images: Annotated[
         int | None, typer.Option(min=1, help="Images scored, from the start; all when left out.")
     ] = None,
@@ -86,11 +88,13 @@ def evaluate(
     if metric not in METRICS:
         raise JaxqError(f"unknown metric {metric!r}; use {', '.join(METRICS)}")
     if metric == "top1":
+        if windows is not None or seq_len is not None:
+            raise JaxqError("--windows and --seq-len go with --metric perplexity; top1 takes --images")
         found, line = _top1(model, data, images, batch, dtype, integer)
     elif images is not None:
         raise JaxqError("--images goes with --metric top1; perplexity is measured on text")
     else:
-        found, line = _perplexity(model, data, windows, seq_len, batch, dtype, integer)
+        found, line = _perplexity(model, data, windows or 40, seq_len or 512, batch, dtype, integer)
     if as_json:
         console.print_json(found)
     else:
