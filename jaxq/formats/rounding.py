@@ -21,12 +21,16 @@ def round_to(values: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape
     values = values.astype(jnp.float32)
     if dtype == "float32":
         return values
+    power, steps = spacing(values, dtype)
+    rounded = jnp.round(values / power * steps) / steps * power
+    rounded = jnp.where(jnp.abs(rounded) > float(jnp.finfo(dtype).max), jnp.sign(values) * jnp.inf, rounded)
+    return jnp.where(jnp.isfinite(values), rounded, values)
+
+
+def spacing(values: Float[Array, "*shape"], dtype: str) -> tuple[Float[Array, "*shape"], float]:
+    """(power of two at or below each |value|, steps in which numbers of `dtype` divide it); of finite float32."""
     info = jnp.finfo(dtype)
     exponent = jax.lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0x7F800000)
     power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
     # Below the smallest exponent the distance between numbers no longer shrinks.
-    power = jnp.maximum(power, jnp.float32(2.0**info.minexp))
-    steps = 2.0**info.nmant
-    rounded = jnp.round(values / power * steps) / steps * power
-    rounded = jnp.where(jnp.abs(rounded) > float(info.max), jnp.sign(values) * jnp.inf, rounded)
-    return jnp.where(jnp.isfinite(values), rounded, values)
+    return jnp.maximum(power, jnp.float32(2.0**info.minexp)), 2.0**info.nmant

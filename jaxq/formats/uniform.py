@@ -21,6 +21,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
 from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
+from jaxq.formats.rounding import spacing
 from jaxq.kernels import uniform as kernel
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -256,11 +257,7 @@ def round_up(scale: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"
     """
     if dtype == "float32":
         return scale
-    info = jnp.finfo(dtype)
-    exponent = jax.lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(0x7F800000)
-    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    power = jnp.maximum(power, jnp.float32(2.0**info.minexp))
-    steps = 2.0**info.nmant
+    power, steps = spacing(scale, dtype)
     return jnp.ceil(scale / power * steps) / steps * power
 
 

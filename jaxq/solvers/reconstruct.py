@@ -120,9 +120,7 @@ def reconstruct(
     Raises JaxqError for groups without a rate, data without examples, and an error that is not finite. Time:
     iterations times a forward and a backward pass of `batch` examples, and one compilation.
     """
-    rates = dict(settings.rates)
-    if set(trained) != set(rates):
-        raise JaxqError(f"there are rates for {sorted(rates)}, and {sorted(trained)} to train")
+    _check_groups(trained, settings)
     sizes = {len(leaf) for leaf in jax.tree.leaves(tuple(data))}
     if len(sizes) != 1 or min(sizes) < settings.batch:
         raise JaxqError(f"a step takes {settings.batch} examples, and the data have {sorted(sizes)}")
@@ -130,18 +128,8 @@ def reconstruct(
     # Steps overwrite what they are given, and these arrays are the caller's.
     own = jax.tree.map(jnp.array, trained)
     state = State(own, _optimizer(settings).init(own), jnp.float32(0.0), jnp.int32(0))
-    errors: list[float] = []
-    done = 0
-    while done < settings.iterations:
-        steps = min(settings.chunk, settings.iterations - done)
-        state, mean = _steps(run, error, penalty, settings, steps, state, fixed, data, key)
-        done += steps
-        errors.append(_finite(mean, done))
-        if progress is not None:
-            progress(done, errors[-1])
-        if renew is not None and done < settings.iterations:
-            fixed = renew(state.trained, fixed, done)
-    return Trained(state.trained, errors)
+    advance = functools.partial(_steps, run, error, penalty, settings)
+    return _in_chunks(advance, state, fixed, data, key, settings, renew, progress)
 
 
 def reconstruct_together(
@@ -162,9 +150,7 @@ def reconstruct_together(
     examples of `data`, and a key for each block. Errors are means over the blocks. It takes the memory of all
     blocks; an accelerator that one small block leaves idle is quicker, a CPU is not.
     """
-    rates = dict(settings.rates)
-    if set(trained) != set(rates):
-        raise JaxqError(f"there are rates for {sorted(rates)}, and {sorted(trained)} to train")
+    _check_groups(trained, settings)
     shapes = {leaf.shape[:2] for leaf in jax.tree.leaves(tuple(data))}
     if len(shapes) != 1 or min(shapes)[1] < settings.batch or min(shapes)[0] != len(keys):
         raise JaxqError(
@@ -173,20 +159,42 @@ def reconstruct_together(
     own = jax.tree.map(jnp.array, trained)
     zeros = jnp.zeros(len(keys))
     state = State(own, jax.vmap(_optimizer(settings).init)(own), zeros, zeros.astype(jnp.int32))
+    advance = functools.partial(_steps_together, run, error, penalty, settings)
+    return _in_chunks(advance, state, fixed, data, keys, settings, None, progress)
+
+
+def _check_groups(trained: dict[str, Any], settings: Settings) -> None:
+    rates = dict(settings.rates)
+    if set(trained) != set(rates):
+        raise JaxqError(f"there are rates for {sorted(rates)}, and {sorted(trained)} to train")
+
+
+def _in_chunks(
+    advance: Callable[..., tuple[State, Array]],
+    state: State,
+    fixed: Any,
+    data: Data,
+    key: Array,
+    settings: Settings,
+    renew: Renew | None,
+    progress: Callable[[int, float], None] | None,
+) -> Trained:
+    """advance(steps, state, fixed, data, key), with a look after each chunk; errors are means of what it gives."""
     errors: list[float] = []
-    for done in range(0, settings.iterations, settings.chunk):
+    done = 0
+    while done < settings.iterations:
         steps = min(settings.chunk, settings.iterations - done)
-        state, means = _steps_together(run, error, penalty, settings, steps, state, fixed, data, keys)
-        errors.append(_finite(jnp.mean(means), done + steps))
+        state, found = advance(steps, state, fixed, data, key)
+        mean = jnp.mean(found)
+        done += steps
+        errors.append(float(mean))
+        if not jnp.isfinite(mean):
+            raise JaxqError(f"the error of reconstruction is {errors[-1]} after {done} steps: use smaller rates")
         if progress is not None:
-            progress(done + steps, errors[-1])
+            progress(done, errors[-1])
+        if renew is not None and done < settings.iterations:
+            fixed = renew(state.trained, fixed, done)
     return Trained(state.trained, errors)
-
-
-def _finite(mean: Array, done: int) -> float:
-    if not jnp.isfinite(mean):
-        raise JaxqError(f"the error of reconstruction is {float(mean)} after {done} steps: use smaller rates")
-    return float(mean)
 
 
 class State(NamedTuple):
