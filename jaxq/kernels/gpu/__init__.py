@@ -1,0 +1,1 @@
+"""What the GPU products of all formats share: words of codes, instructions on pairs of halves, two kernels."""
