@@ -128,59 +128,57 @@ def matvec(
     def kernel(x_ref: Any, words_ref: Any, *rest: Any) -> None:
         *inputs, out_ref = rest
         extra, overlay = tuple(inputs[: len(weight.extra)]), inputs[len(weight.extra) :]
-        own = _program(0) * rows + jnp.arange(rows, dtype=jnp.int32)
-        n = jnp.minimum(own, out_size - 1)[:, None, None]
+        # One array for each output, not one more axis: arrays of scales are then smaller than a program, and the
+        # compiler reads them where they are used instead of passing them through shared memory.
+        own = [_program(0) * rows + row + jnp.arange(1, dtype=jnp.int32) for row in range(rows)]
+        ns = [jnp.minimum(place, out_size - 1)[:, None, None] for place in own]
         places = jnp.arange(order.run, dtype=jnp.int32)[None, None, :]
-        shape = (rows, some, order.run)
+        shape = (1, some, order.run)
 
-        def tile(chunk: Any) -> Tile:
+        def tile(n: Array, chunk: Any) -> Tile:
             b = chunk * some + jnp.arange(some, dtype=jnp.int32)[None, :, None]
             # Past the end the last block is read again: its inputs count as zero.
             return Tile(instructions, extra, n, jnp.minimum(b, blocks - 1) if ragged else b)
 
-        def read(chunk: Any) -> list[Array]:
-            at = n * row_words + tile(chunk).blocks * order.block_words + places
+        def read(n: Array, chunk: Any) -> list[Array]:
+            at = n * row_words + tile(n, chunk).blocks * order.block_words + places
             return [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
 
-        def inputs_of(token: int, chunk: Any, member: int, i: int) -> Any:
-            first = ((tile(chunk).blocks * order.members + member) * order.pairs + i) * order.run
-            inside = None
-            if ragged:
-                b = chunk * some + jnp.arange(some, dtype=jnp.int32)[None, :, None]
-                inside = jnp.broadcast_to(b < blocks, (1, some, order.run))
-            return source.read(x_ref, token, first + places, inside)
+        def inputs_of(token: int, chunk: Any) -> list[list[Any]]:
+            """For each member of a block its pairs of inputs."""
+            b = chunk * some + jnp.arange(some, dtype=jnp.int32)[None, :, None]
+            inside = jnp.broadcast_to(b < blocks, shape) if ragged else None
 
-        state = decoder.begin(tile(0))
+            def pair_of(member: int, i: int) -> Any:
+                first = ((b * order.members + member) * order.pairs + i) * order.run
+                return source.read(x_ref, token, first + places, inside)
 
-        def step(index: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            return [[pair_of(member, i) for i in range(order.pairs)] for member in range(order.members)]
+
+        states = [decoder.begin(tile(n, 0)) for n in ns]
+
+        def step(index: Any, sums: Any) -> Any:
             chunks = [index * unroll + part for part in range(unroll)]
             # All reads before any arithmetic: they are what a program waits for.
-            read_planes = [read(chunk) for chunk in chunks]
-            chains: list[Any] = [None] * tokens
-            length = 0
-            for chunk, planes in zip(chunks, read_planes, strict=True):
-                decoded = (decoder.exact if exact else decoder.decode)(state, planes, tile(chunk))
-                for member, (pairs, scale) in enumerate(decoded):
-                    last = chunk is chunks[-1] and member == order.members - 1
-                    length += order.pairs
-                    ends = exact or last or scale is not None or length + order.pairs > CHAIN
-                    for token in range(tokens):
-                        xs = [inputs_of(token, chunk, member, i) for i in range(order.pairs)]
-                        total = _summed(instructions, pairs, xs, chains[token], exact)
-                        chains[token] = None if ends else total
-                        if ends:
-                            part = total if exact else sum(halves(total))
-                            sums = _added(sums, token, part if scale is None else part * scale)
-                    length = 0 if ends else length
-            return sums
+            planes = [[read(n, chunk) for n in ns] for chunk in chunks]
+            xs = [[inputs_of(token, chunk) for chunk in chunks] for token in range(tokens)]
+            result = []
+            for row, (n, state) in enumerate(zip(ns, states, strict=True)):
+                decode = decoder.exact if exact else decoder.decode
+                parts = [decode(state, planes[c][row], tile(n, chunk)) for c, chunk in enumerate(chunks)]
+                result.append(
+                    tuple(_accumulated(instructions, sums[row][t], parts, xs[t], exact) for t in range(tokens))
+                )
+            return tuple(result)
 
-        start = tuple(jnp.zeros(shape, jnp.float32) for _ in range(tokens))
+        start = tuple(tuple(jnp.zeros(shape, jnp.float32) for _ in range(tokens)) for _ in range(rows))
         sums = lax.fori_loop(0, steps, step, start)
-        for token in range(tokens):
-            y = sums[token].sum(axis=2).sum(axis=1)
-            if overlay:
-                y = y + _overlay(overlay, n[:, 0, 0], functools.partial(source.single, x_ref, token))
-            store(out_ref.at[token * out_size + own], y, own < out_size)
+        for row, (place, n) in enumerate(zip(own, ns, strict=True)):
+            for token in range(tokens):
+                y = sums[row][token].sum(axis=2).sum(axis=1)
+                if overlay:
+                    y = y + _overlay(overlay, n[:, 0, 0], functools.partial(source.single, x_ref, token))
+                store(out_ref.at[token * out_size + place], y, place < out_size)
 
     operands = [x, weight.words, *weight.extra, *weight.overlay]
     out = _call(kernel, operands, tokens * out_size, (-(-out_size // rows),), settings, interpret, "jaxq_matvec")
@@ -263,8 +261,21 @@ def _summed(instructions: Instructions, pairs: list[Any], xs: list[Any], start: 
     return start
 
 
-def _added(sums: tuple[Array, ...], token: int, part: Any) -> tuple[Array, ...]:
-    return tuple(total + part if place == token else total for place, total in enumerate(sums))
+def _accumulated(instructions: Instructions, total: Array, parts: list[Any], xs: list[Any], exact: bool) -> Array:
+    """`total` plus the products of one output's decoded weights with one token's inputs, chunk by chunk."""
+    chain, length = None, 0
+    members = [
+        (*part, x) for some, inputs in zip(parts, xs, strict=True) for part, x in zip(some, inputs, strict=True)
+    ]
+    for place, (pairs, scale, x) in enumerate(members):
+        chain = _summed(instructions, pairs, x, chain, exact)
+        length += len(pairs)
+        last = place == len(members) - 1
+        if exact or last or scale is not None or length + len(pairs) > CHAIN:
+            part = chain if exact else sum(halves(chain))
+            total = total + (part if scale is None else part * scale)
+            chain, length = None, 0
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
