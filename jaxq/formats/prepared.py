@@ -178,8 +178,9 @@ def _product(x: Array, array: PreparedArray) -> Array:
 
 def _gpu_product(x: Array, array: PreparedArray, overlay: tuple[Array, ...] = ()) -> Array:
     *tokens, in_size = x.shape
-    y = array.kernel.product(x.reshape((-1, in_size)), array, exact=array.exact, overlay=overlay)
-    return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
+    options = {"exact": array.exact, "overlay": overlay, "dtype": x.dtype}
+    y = array.kernel.product(x.reshape((-1, in_size)), array, **options)
+    return y.reshape((*tokens, y.shape[-1]))
 
 
 def prepare(

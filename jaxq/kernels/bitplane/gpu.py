@@ -64,7 +64,7 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
-    """`x @ prepared` in float32; see `kernels/gpu/run.py` for the options."""
+    """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
     rows, values = prepared.parts
     groups = values.shape[-1]
     planes = Planes(_order(prepared.format, groups), _group(prepared.format, groups), groups)

@@ -49,7 +49,7 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
-    """`x @ prepared` in float32; see `kernels/gpu/run.py` for the options.
+    """`x @ prepared`; see `kernels/gpu/run.py` for the options.
 
     Tables of bfloat16 are always summed in float32: in bfloat16 an error of 1e-3 is out of reach.
     """

@@ -23,8 +23,8 @@ from jaxq.kernels.gpu.words import Order
 ENTRIES = 64
 
 #: Pairs whose products are summed in float16 at most: each half of a pair adds up so many. The error grows with
-#: the root of it, to some 4e-4.
-CHAIN = 16
+#: the root of it; with 16 it came near 1e-3.
+CHAIN = 8
 
 #: Tokens of a tile on tensor cores at least.
 TILE_TOKENS = 16
@@ -106,9 +106,15 @@ def pairs_exactly(decoder: Any, state: Any, planes: list[Array], tile: Tile) -> 
 
 
 def matvec(
-    x: Float[Array, "tokens in"], weight: Weight, settings: Settings, *, exact: bool, interpret: bool = False
+    x: Float[Array, "tokens in"],
+    weight: Weight,
+    settings: Settings,
+    *,
+    exact: bool,
+    dtype: Any = jnp.float32,
+    interpret: bool = False,
 ) -> Float[Array, "tokens out"]:
-    """Products and sums row by row, float32 `(tokens, out)`; each weight is decoded once for all tokens.
+    """Products and sums row by row, `(tokens, out)` in `dtype`; each weight is decoded once for all tokens.
 
     `exact` sums in float32, with `x` as it is. Otherwise `x` becomes float16 and the products of a word (for
     weights without groups of all words read together) are summed in float16, then in float32.
@@ -178,17 +184,23 @@ def matvec(
                 y = sums[row][token].sum(axis=2).sum(axis=1)
                 if overlay:
                     y = y + _overlay(overlay, n[:, 0, 0], functools.partial(source.single, x_ref, token))
-                store(out_ref.at[token * out_size + place], y, place < out_size)
+                store(out_ref.at[token * out_size + place], y.astype(dtype), place < out_size)
 
     operands = [x, weight.words, *weight.extra, *weight.overlay]
-    out = _call(kernel, operands, tokens * out_size, (-(-out_size // rows),), settings, interpret, "jaxq_matvec")
+    out = jax.ShapeDtypeStruct((tokens * out_size,), dtype)
+    out = _call(kernel, operands, out, (-(-out_size // rows),), settings, interpret, "jaxq_matvec")
     return out.reshape((tokens, out_size))
 
 
 def tiles(
-    x: Float[Array, "tokens in"], weight: Weight, settings: Settings, *, interpret: bool = False
+    x: Float[Array, "tokens in"],
+    weight: Weight,
+    settings: Settings,
+    *,
+    dtype: Any = jnp.float32,
+    interpret: bool = False,
 ) -> Float[Array, "tokens out"]:
-    """The product by tensor cores, float32 `(tokens, out)`: weights and `x` become float16, sums are float32.
+    """The product by tensor cores, `(tokens, out)` in `dtype`: weights and `x` become float16, sums are float32.
 
     Weights are on the side of a tile with many rows, so that few tokens waste little of it. No overlay.
     """
@@ -206,6 +218,7 @@ def tiles(
     width = max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
     instructions = Emulated() if interpret else Hardware()
     depth, row_pairs = some * order.run, x.shape[0] // tokens
+    kept = dtype if split == 1 else jnp.float32
 
     def kernel(x_ref: Any, words_ref: Any, *rest: Any) -> None:
         *extra, out_ref = rest
@@ -244,12 +257,13 @@ def tiles(
 
         sums = lax.fori_loop(0, steps, step, jnp.zeros((rows, width), jnp.float32))
         at = (part * tokens + token) * out_size + own[:, None]
-        store(out_ref.at[at], sums, (own[:, None] < out_size) & (token < tokens))
+        store(out_ref.at[at], sums.astype(kept), (own[:, None] < out_size) & (token < tokens))
 
     operands = [x, weight.words, *weight.extra]
     grid = (-(-out_size // rows), split)
-    out = _call(kernel, operands, split * tokens * out_size, grid, settings, interpret, "jaxq_tiles")
-    return out.reshape((split, tokens, out_size)).sum(axis=0)
+    out = jax.ShapeDtypeStruct((split * tokens * out_size,), kept)
+    out = _call(kernel, operands, out, grid, settings, interpret, "jaxq_tiles").reshape((split, tokens, out_size))
+    return out[0] if split == 1 else out.sum(axis=0).astype(dtype)
 
 
 def _summed(instructions: Instructions, pairs: list[Any], xs: list[Any], start: Any, exact: bool) -> Any:
@@ -357,13 +371,13 @@ def _program(axis: int) -> Any:
 def _call(
     kernel: Any,
     operands: list[Array],
-    size: int,
+    out: Any,
     grid: tuple[int, ...],
     settings: Settings,
     interpret: bool,
     name: str,
 ) -> Float[Array, " size"]:
-    """Runs a kernel on flat arrays, with `size` float32 results."""
+    """Runs a kernel on flat arrays, with a flat result like `out`."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
@@ -373,7 +387,7 @@ def _call(
         grid=grid,
         in_specs=[whole] * len(operands),
         out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct((size,), jnp.float32),
+        out_shape=out,
         compiler_params=triton.CompilerParams(num_warps=settings.warps, num_stages=1),
         interpret=interpret,
         name=name,

@@ -39,15 +39,17 @@ def product_of(
     exact: bool,
     overlay: tuple[Array, ...] = (),
     settings: Settings | None = None,
+    dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "tokens out"]:
-    """`x @ weight` in float32.
+    """`x @ weight`.
 
     Args:
         op: its name in the table of tuned settings.
         exact: sum in float32, with `x` as it is; otherwise in float16 inside a word, with `x` in float16.
         overlay: (rows, values, starts, counts) of sparse entries to add; float16 tiles have none.
         settings: how to cut the product up; default: the tuned settings.
+        dtype: of the result; default: float32.
         interpret: run as array operations on any device, to test.
     """
     tokens = x.shape[0]
@@ -59,7 +61,7 @@ def product_of(
         settings = _tuned(op, x.shape[1], weight, tokens, exact)
     run: Any = functools.partial(products.matvec, exact=exact) if by_rows else products.tiles
     with jax.named_scope(f"jaxq_{op}"):
-        return run(x, weight, settings, interpret=interpret)
+        return run(x, weight, settings, dtype=dtype or jax.numpy.float32, interpret=interpret)
 
 
 def _tuned(op: str, in_size: int, weight: Weight, tokens: int, exact: bool) -> Settings:

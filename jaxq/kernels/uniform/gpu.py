@@ -78,7 +78,7 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
-    """`x @ prepared` in float32; see `kernels/gpu/run.py` for the options."""
+    """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
     rows, scale, zero = prepared.parts
     groups = scale.shape[-1]
     grid = Grid(_order(prepared.format, groups), _group(prepared.format, groups), groups)
