@@ -89,7 +89,8 @@ class PreparedArray(QuantizedArray):
         if isinstance(self.format, Codebook):
             return codebook.assemble(*restored, **some)
         if self.target == "gpu":
-            return bitplane.assemble(*restored, **some)
+            codes, scale, offset = restored
+            return bitplane.assemble(codes, scale, offset, **some)
         planes, scale, offset = (x[..., :out_size] for x in restored)
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
@@ -105,7 +106,8 @@ class PreparedArray(QuantizedArray):
         elif isinstance(self.format, Codebook):
             values = codebook.lookup(*self._restored())
         elif self.target == "gpu":
-            values = bitplane.values_of(*self._restored(), self.format)
+            codes, scale, offset = self._restored()
+            values = bitplane.values_of(codes, scale, offset, self.format)
         else:
             return self.restore().matrix(dtype)
         return values.astype(dtype or self.dtype)

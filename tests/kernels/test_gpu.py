@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import error, exact, normal, random_array
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
-from jaxq.kernels import dispatch, tuning
+from jaxq.kernels import dispatch, gpu, tuning
 from jaxq.kernels.gpu import lanes, words
 from jaxq.kernels.gpu.products import Settings
 
@@ -190,6 +192,25 @@ def test_elsewhere_products_are_the_reference():
     many = normal(70, 192)
     assert "pallas_call" in str(jax.make_jaxpr(lambda q, x: x @ q)(jaxq.prepare(array, "gpu"), x))
     assert "pallas_call" not in str(jax.make_jaxpr(lambda q, x: x @ q)(jaxq.prepare(array, "gpu"), many))
+
+
+def test_lowers_for_nvidia_without_one():
+    prepared, x = jaxq.prepare(random_array(BitPlane(2, 64), 512, 32), "gpu"), normal(1, 512)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        exported = jax.export.export(
+            jax.jit(lambda q, x: x @ q), platforms=["cuda"], disabled_checks=gpu.EXPORT_CHECKS
+        )(prepared, x)
+    assert "xla.gpu.triton" in exported.mlir_module() and "jaxq_matvec" in exported.mlir_module()
+
+
+def test_outputs_on_several_devices():
+    array, x = random_array(Uniform(4, 64), 256, 32), normal(1, 256)
+    prepared = jaxq.prepare(array, "gpu")
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    specs = prepared.partition_specs(P(None, "d"), mesh)
+    run = jax.shard_map(lambda x, q: x @ q, mesh=mesh, in_specs=(P(), specs), out_specs=P(None, "d"))
+    assert error(jax.jit(run)(x, prepared), exact(x, array)) < 1e-6
 
 
 def test_instructions_are_those_of_the_processor():

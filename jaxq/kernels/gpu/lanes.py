@@ -87,7 +87,8 @@ def halves(word: Words, kind: Any = jnp.float16) -> tuple[Float[Array, "*tile"],
 
 def parts(word: Words) -> tuple[Array, Array]:
     """Both halves as float16."""
-    return tuple(jax.lax.bitcast_convert_type(z.astype(jnp.uint16), jnp.float16) for z in (word, word >> 16))
+    low, high = (jax.lax.bitcast_convert_type(z.astype(jnp.uint16), jnp.float16) for z in (word, word >> 16))
+    return low, high
 
 
 def pair(low: Float[Array, "*tile"], high: Float[Array, "*tile"]) -> Words:
@@ -134,5 +135,6 @@ def look_up(instructions: Instructions, nibbles: Words, runs: list[tuple[Words, 
                 sides.append(instructions.permute(first, second, choice))
             else:
                 sides.append(instructions.permute(registers[0], registers[-1], selector))
-        found += [instructions.permute(*sides, 0x5140), instructions.permute(*sides, 0x7362)]
+        low, high = sides
+        found += [instructions.permute(low, high, 0x5140), instructions.permute(low, high, 0x7362)]
     return found

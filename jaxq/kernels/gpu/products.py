@@ -382,6 +382,7 @@ def _call(
     from jax.experimental.pallas import triton
 
     whole = pallas.BlockSpec(memory_space=pallas.ANY)
+    operands, out = _varying(operands, out)
     return pallas.pallas_call(
         kernel,
         grid=grid,
@@ -392,6 +393,19 @@ def _call(
         interpret=interpret,
         name=name,
     )(*[operand.reshape(-1) for operand in operands])
+
+
+def _varying(operands: list[Array], out: Any) -> tuple[list[Array], Any]:
+    """In a shard_map operands and result vary over every axis that one operand varies over; a kernel has to say so."""
+    kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in operands]
+    axes = {axis for kind in kinds if kind is not None for axis in kind.varying}
+    if not axes:
+        return operands, out
+    cast = []
+    for operand, kind in zip(operands, kinds, strict=True):
+        missing = tuple(sorted(axes - set(kind.varying if kind is not None else ())))
+        cast.append(lax.pcast(operand, missing, to="varying") if missing else operand)
+    return cast, out.update(manual_axis_type=jax.typeof(cast[0]).manual_axis_type)
 
 
 def _power(size: int) -> int:
