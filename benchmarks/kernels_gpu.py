@@ -14,14 +14,11 @@ Each result is written as soon as it is there. Tuned settings go into the table 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import glob
 import json
 import math
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -34,14 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.bench import random_array
+from jaxq.bench_gpu import BOUND, Trial, candidates, copies, device_seconds, error_of, exactly, save, search
 from jaxq.formats import BitPlane, Codebook, DenseSparse, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray
 from jaxq.formats.prepared import prepare
 from jaxq.kernels import tuning
 from jaxq.kernels.gpu.products import Settings
-
-#: Bytes of all copies of an operand: three times what the cache of an H100 holds.
-ROTATED = 160 * 10**6
 
 #: (inputs, outputs).
 SQUARE, SMALL, LARGE = (8192, 8192), (4096, 4096), (8192, 28672)
@@ -106,19 +101,6 @@ QUICK = tuple(
     )
 )
 
-#: What `--tune` tries. A program reads 16 bytes a lane at a time if `words` is at least 128 for each warp.
-ROWS = tuple(
-    Settings(rows, words, warps, unroll)
-    for words, warps in ((256, 2), (128, 1), (256, 1), (512, 4), (512, 2))
-    for rows in (2, 1, 4)
-    for unroll in (1, 2)
-)
-TILES = tuple(
-    Settings(rows, words, warps, 1, split)
-    for rows, words, warps in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 32, 4), (64, 128, 4), (128, 64, 8))
-    for split in (1, 2, 4)
-)
-
 
 class Results:
     """Rows that are printed and written as they come."""
@@ -137,48 +119,11 @@ class Results:
             self.path.write_text(json.dumps(self.facts, indent=1) + "\n")
 
 
-def device_seconds(run: Any, argsets: list[Any], calls: int = 30) -> float:
-    """The median time on the device of all kernels of a call, whose calls take turns over `argsets`.
-
-    On a machine without a GPU the time of the wall, so that the program can be tried there.
-    """
-    for args in argsets[:2]:
-        jax.block_until_ready(run(*args))
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        with jax.profiler.trace(folder):
-            for call in range(calls):
-                out = run(*argsets[call % len(argsets)])
-            jax.block_until_ready(out)
-        wall = (time.perf_counter() - start) / calls
-        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        events: dict[str, list[float]] = {}
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            if plane.name.startswith("/device:GPU"):
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            events.setdefault(event.name, []).append(event.duration_ns)
-    if not events:
-        if jax.default_backend() == "gpu":
-            raise RuntimeError("the profiler saw no kernels on the device")
-        return wall
-    # A kernel that runs twice in a call counts twice; one that ran in few calls is not theirs.
-    each = [float(np.median(some)) * round(len(some) / calls) for some in events.values()]
-    return sum(each) / 1e9
-
-
 def copy_bandwidth() -> float:
     """Bytes a second that a copy reads and writes together."""
     size = 2**28 if jax.default_backend() == "gpu" else 2**20
     xs = [(jnp.ones(size, jnp.float32),) for _ in range(2)]
     return 8 * size / device_seconds(jax.jit(lambda x: x + 1), xs, 10)
-
-
-def copies(tree: Any) -> list[Any]:
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    count = min(40, max(3, math.ceil(ROTATED / size))) if jax.default_backend() == "gpu" else 2
-    return [tree] + [jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree) for _ in range(count - 1)]
 
 
 @functools.cache
@@ -209,40 +154,22 @@ def canonical(format: Any, shape: tuple[int, int]) -> Any:
     return DenseSparseArray(base, *overlay, format, base.layout, "float32")
 
 
-def error_of(y: Any, x: Any, array: Any) -> float:
-    """Relative error in the norm against float64, over all outputs."""
-    weight, x = np.asarray(array.matrix(jnp.float32)), np.asarray(x, np.float64)
-    expected = np.concatenate(
-        [x @ weight[:, first : first + 2048].astype(np.float64) for first in range(0, weight.shape[1], 2048)],
-        axis=1,
-    )
-    return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
-
-
-def inputs(case: Case) -> Any:
-    return jax.random.normal(jax.random.key(case.m), (case.m, case.shape[0]), jnp.float16)
-
-
-def base_of(array: Any) -> Any:
-    return getattr(array, "base", array)
-
-
 def measured(case: Case, copy: float) -> dict[str, Any]:
     """A row: the product as users call it, with the settings of the table."""
     array = canonical(case.format, case.shape)
     weight = prepare(array, "gpu", activations="float32" if case.exact else "float16")
-    x, product = inputs(case), jax.jit(lambda x, w: x @ w)
+    x = jax.random.normal(jax.random.key(case.m), (case.m, case.shape[0]), jnp.float16)
+    product = jax.jit(lambda x, w: x @ w)
     start = time.perf_counter()
     y = product(x, weight)
     if case.exact and jax.default_backend() == "gpu":
         # Rounded to the dtype of x the result would say nothing of the sums.
         y = jax.jit(lambda x, w: w.kernel.product(x, w, exact=True))(x, weight)
-    error = error_of(y, x, array)
     built = time.perf_counter() - start
+    error = error_of(y, exactly(x, array))
     seconds = device_seconds(product, [(x, w) for w in copies(weight)])
     dense = dense_seconds(case.shape, case.m)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-    bound = 1e-6 if case.exact else 1e-3
     return {
         "op": case.format.name,
         "format": str(case.format),
@@ -256,71 +183,49 @@ def measured(case: Case, copy: float) -> dict[str, Any]:
         "target": case.target,
         "share_of_copy": size / seconds / copy,
         "error": error,
-        "sound": error <= bound,
+        "sound": error <= BOUND[case.exact],
         "seconds_to_build": built,
     }
 
 
-def tuned(case: Case, candidates: tuple[Settings, ...], results: Results, table: Path) -> list[Settings]:
-    """Times every candidate for a case, saves the best one that is right, and gives them back, best first."""
-    array = canonical(case.format, case.shape)
-    weight = prepare(array, "gpu", activations="float32" if case.exact else "float16")
-    x = inputs(case)
-    operands = [(x, w) for w in copies(weight)]
-
-    def build(settings: Settings) -> Any:
-        run = jax.jit(lambda x, w: base_of(w).kernel.product(x, base_of(w), exact=case.exact, settings=settings))
-        try:
-            return run.lower(x, weight).compile()
-        except Exception as reason:  # A candidate may want more registers or shared memory than there are.
-            return str(reason).splitlines()[0][:200]
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        built = list(pool.map(build, candidates))
-    found = []
-    for settings, run in zip(candidates, built, strict=True):
-        row = {"tune": str(case.format), "k": case.shape[0], "n": case.shape[1], "m": case.m, "exact": case.exact}
-        row |= dataclasses.asdict(settings)
-        if isinstance(run, str):
-            results.add({**row, "failed": run})
-            continue
-        error = error_of(run(x, weight), x, array) if not found else None
-        agrees = found == [] or _agree(run(x, weight), found[0][2](x, weight))
-        if error is not None and error > (1e-6 if case.exact else 1e-3) or not agrees:
-            results.add({**row, "failed": f"wrong: error {error}, agrees {agrees}"})
-            continue
-        seconds = device_seconds(run, operands)
-        found.append((seconds, settings, run))
-        results.add({**row, "us": 1e6 * seconds})
-    if not found:
-        return []
-    order = sorted(found, key=lambda entry: entry[0])
-    name = f"{case.format.name} exact" if case.exact else case.format.name
-    shape = (case.shape[0], case.shape[1], case.m)
-    settings = dataclasses.asdict(order[0][1])
-    tuning.save(table, jax.devices()[0].device_kind, name, case.format.bits, *shape, settings)
-    return [entry[1] for entry in order]
-
-
-def _agree(y: Any, other: Any) -> bool:
-    y, other = (np.asarray(z, np.float64) for z in (y, other))
-    return bool(np.linalg.norm(y - other) <= 2e-3 * np.linalg.norm(other))
-
-
-def tune(results: Results, table: Path, until: float) -> None:
-    """Every case of one token at 8192 x 8192 first; then other shapes with the best of those."""
+def tune(cases: tuple[Case, ...], results: Results, table: Path, until: float) -> None:
+    """Cases with a target first, of those 8192 x 8192; then other shapes, with what was best for that one."""
     best: dict[Any, list[Settings]] = {}
-    some = [case for case in CASES if not isinstance(case.format, DenseSparse) and case.m <= 64]
-    some.sort(key=lambda case: (case.shape != SQUARE, case.m > 1, case.exact))
+    some = [case for case in cases if not isinstance(case.format, DenseSparse) and case.m <= 256]
+    some.sort(key=lambda case: (case.target == 0, case.m > 64, case.shape != SQUARE, case.m, case.exact))
     for case in some:
         if time.monotonic() > until:
             print(f"no time for {case}")
             continue
         key = (case.format, case.m, case.exact)
-        rows = case.m == 1
-        candidates = best[key][:6] if key in best else (ROWS if rows else TILES)
-        found = tuned(case, tuple(candidates), results, table)
-        best.setdefault(key, found or list(candidates))
+        tried = best[key][:6] if key in best else candidates(case.m, case.exact)
+        about = {
+            "tune": str(case.format),
+            "k": case.shape[0],
+            "n": case.shape[1],
+            "m": case.m,
+            "exact": case.exact,
+        }
+
+        def show(trial: Trial, about: dict[str, Any] = about) -> None:
+            outcome = {"failed": trial.failed} if trial.failed else {"us": 1e6 * trial.seconds}
+            results.add({**about, **dataclasses.asdict(trial.settings), **outcome})
+
+        order = search(canonical(case.format, case.shape), case.m, case.exact, tried, show)
+        if order:
+            best.setdefault(key, [trial.settings for trial in order])
+            save(table, case.format, case.shape, case.m, case.exact, order[0].settings)
+
+
+def steady(tree: Any, size: int) -> Any:
+    """A quantized array scaled so that a product with it keeps the size of activations."""
+    rms = float(jnp.sqrt(jnp.mean(tree.matrix(jnp.float32) ** 2)))
+
+    def scaled(leaf: Any) -> Any:
+        continuous = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return (leaf / (rms * math.sqrt(size))).astype(leaf.dtype) if continuous else leaf
+
+    return jax.tree.map(scaled, tree)
 
 
 def chain(results: Results) -> None:
@@ -329,7 +234,7 @@ def chain(results: Results) -> None:
 
     @jax.jit
     def link(x: Any, w: Any) -> Any:
-        return (x @ w).astype(x.dtype) * jnp.asarray(1 / 64, x.dtype)
+        return x @ w
 
     @jax.jit
     def run(x: Any, ws: list[Any]) -> Any:
@@ -341,9 +246,10 @@ def chain(results: Results) -> None:
     for name, format in (("bf16", None), ("codebook 4", L), ("uniform 4", U), ("planes 2", BitPlane(2, 128))):
         x = jax.random.normal(jax.random.key(0), (1, SMALL[0]), jnp.bfloat16 if format is None else jnp.float16)
         if format is None:
-            ws = copies(jax.random.normal(jax.random.key(1), SMALL, jnp.bfloat16))
+            ws = copies(jax.random.normal(jax.random.key(1), SMALL, jnp.bfloat16) / math.sqrt(SMALL[0]))
         else:
-            ws = copies(prepare(random_array(format, *SMALL), "gpu", activations="float16"))
+            array = steady(random_array(format, *SMALL), SMALL[0])
+            ws = copies(prepare(array, "gpu", activations="float16"))
         jax.block_until_ready(run(x, ws))
         least = math.inf
         for _ in range(5):
@@ -451,18 +357,19 @@ def main() -> None:
     parser.add_argument("--parts", default="rows", help="of rows, chain and decode")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing new after so long")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--try-on-cpu", action="store_true", help="tiny shapes, interpreted, without meaning")
+    parser.add_argument("--only", default="", help="formats whose name holds this, such as 'bit planes 3-bit'")
+    parser.add_argument("--try-on-cpu", action="store_true", help="tiny shapes by the reference, without meaning")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     until = time.monotonic() + args.seconds
     results = Results(args.json)
-    cases: tuple[Case, ...] = QUICK if args.quick else CASES
+    cases = tuple(case for case in (QUICK if args.quick else CASES) if args.only in str(case.format))
     if args.try_on_cpu:
         cases = tuple(dataclasses.replace(case, shape=(512, 16)) for case in cases if case.m < 256)
     elif jax.default_backend() != "gpu":
         parser.error("there is no GPU here; --try-on-cpu tries the program")
     if args.tune:
-        tune(results, args.table, until)
+        tune(cases, results, args.table, until)
         return
     parts = args.parts.split(",")
     if "rows" in parts:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxq
+from jaxq import bench_gpu
 from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
@@ -110,6 +111,19 @@ def test_settings_change_no_value():
     for settings in (Settings(1, 64, 1, 2), Settings(4, 512, 1), Settings(2, 32, 1, 4)):
         assert error(interpreted(x, prepared, settings, exact=True), exact(x, array)) < 1e-6
         assert error(interpreted(x, prepared, settings, exact=False), exact(x, array)) < 1e-3
+
+
+def test_large_and_small_activations():
+    """Sums of codes would overflow float16 where activations are a thousand."""
+    array = random_array(Uniform(4, 64), 128, OUT)
+    for size in (3000.0, 0.01):
+        x = jnp.asarray(size * normal(1, 128), jnp.float16)
+        assert error(interpreted(x, jaxq.prepare(array, "gpu"), ROWS, exact=False), exact(x, array)) < 1e-3
+
+
+def test_no_tokens():
+    prepared = jaxq.prepare(random_array(Uniform(4, 64), 128, OUT), "gpu")
+    assert (jnp.zeros((0, 128)) @ prepared).shape == (0, OUT)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -244,6 +258,23 @@ def test_tuned_settings(tmp_path, monkeypatch):
         assert tuning.find("chip", "uniform", 4, 4096, 4096, 1) == small
 
 
+def test_block_sizes_are_searched_on_a_gpu_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXQ_CACHE", str(tmp_path))
+    # Where a candidate runs at all is not tested here: one that does not compile must not end the search.
+    trials = []
+    array = random_array(Uniform(4, 64), 256, 8)
+    if not tuning.device():
+        assert bench_gpu.search(array, 1, False, [ROWS], trials.append) == []
+        assert [trial.settings for trial in trials] == [ROWS] and "interpret mode" in trials[0].failed
+        with pytest.raises(JaxqError, match="there is none"):
+            bench_gpu.tune([(256, 8)], [1])
+    with pytest.raises(JaxqError, match="no GPU kernel for"):
+        bench_gpu.search(random_array(Uniform(5, 64), 256, 8), 1, False, [ROWS])
+    bench_gpu.save(tmp_path / "tuning.json", Uniform(4, 64), (256, 8), 1, True, ROWS)
+    kept = json.loads((tmp_path / "tuning.json").read_text())[tuning.device()]["uniform exact 4"]
+    assert kept == [{"n": 8, "k": 256, "m": 1, **dataclasses.asdict(ROWS)}]
+
+
 def test_shipped_settings_are_sound():
     table = json.loads(tuning.SHIPPED.read_text())
     names = {field.name for field in dataclasses.fields(Settings)} | set(tuning.SHAPE)
@@ -257,11 +288,39 @@ def test_shipped_settings_are_sound():
 @pytest.mark.parametrize(("format", "width"), CASES, ids=str)
 def test_on_a_gpu(format, width):
     array = random_array(format, width, 33)
-    for summed, bound in (("float32", 1e-6), ("float16", 1e-3)):
-        prepared = jaxq.prepare(array, "gpu", activations=summed)
-        for tokens in (1, 2, 5, 16, 64):
+    prepared = jaxq.prepare(array, "gpu")
+    for summed, bound, counts in ((True, 1e-6, (1, 5)), (False, 1e-3, (1, 5, 64))):
+        for tokens in counts:
             x = jnp.asarray(normal(tokens, width, seed=tokens), jnp.float16)
-            y = prepared.kernel.product(x, prepared, exact=summed == "float32")
+            y = jax.jit(lambda x, q, summed=summed: q.kernel.product(x, q, exact=summed))(x, prepared)
             assert error(y, exact(x, array)) < bound, (summed, tokens)
-            if summed == "float32" and tokens == 5:
-                break
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", REPRESENTATIVE, ids=str)
+def test_programs_on_a_gpu(format):
+    """As users call it: with an overlay, mapped, in a loop, differentiated, in the dtypes of models."""
+    array = random_array(format, 2, 384, 33)
+    prepared, dense = jaxq.prepare(array, "gpu"), array.matrix(jnp.float32)
+    xs = jnp.asarray(normal(2, 1, 384), jnp.float32)
+
+    def loss(xs, q):
+        mapped = jax.vmap(lambda x, w: x @ w)(xs, q)
+        _, scanned = jax.lax.scan(lambda carry, one: (carry, one[0] @ one[1]), 0.0, (xs, q))
+        return jnp.sum(mapped * 2 + jnp.sin(scanned / 64)), (mapped, scanned)
+
+    with jax.default_matmul_precision("highest"):
+        (_, ys), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(xs, prepared)
+        (_, expected), wanted = jax.jit(jax.value_and_grad(loss, has_aux=True))(xs, dense)
+    for y, reference in zip((*ys, found), (*expected, wanted), strict=True):
+        assert error(y, np.asarray(reference, np.float64)) < 1e-5
+    half = xs.astype(jnp.bfloat16)
+    assert error(jax.jit(lambda x, q: x @ q)(half[0], prepared[0]), exact(half[0], array[0])) < 5e-3
+    sparse = DenseSparse(format, 0.01)
+    mask = np.arange(384 * 33) % (384 * 33 // sparse.entries(384, 33)) == 0
+    mask[np.flatnonzero(mask)[sparse.entries(384, 33) :]] = False
+    overlay = compress(jnp.asarray(normal(384, 33)), jnp.asarray(mask.reshape(384, 33)), sparse)
+    both = DenseSparseArray(array[0], *overlay, sparse, array.layout, "float32")
+    for summed, bound in (("float32", 1e-6), ("float16", 1e-3)):
+        y = jax.jit(lambda x, q: x @ q)(xs[0], jaxq.prepare(both, "gpu", activations=summed))
+        assert error(y, exact(xs[0], both)) < bound

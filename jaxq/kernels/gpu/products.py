@@ -40,6 +40,7 @@ class Settings:
         warps: warps of a program.
         unroll: such reads that are under way together.
         split: parts that the inputs are cut into, whose sums are added afterwards; for tiles only.
+        stages: reads of a loop that the compiler keeps under way, in shared memory; for tiles only.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Settings:
     warps: int
     unroll: int = 1
     split: int = 1
+    stages: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,14 +391,14 @@ def _call(
         in_specs=[whole] * len(operands),
         out_specs=whole,
         out_shape=out,
-        compiler_params=triton.CompilerParams(num_warps=settings.warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=settings.warps, num_stages=settings.stages),
         interpret=interpret,
         name=name,
     )(*[operand.reshape(-1) for operand in operands])
 
 
 def _varying(operands: list[Array], out: Any) -> tuple[list[Array], Any]:
-    """In a shard_map operands and result vary over every axis that one operand varies over; a kernel has to say so."""
+    """In a shard_map all vary over every axis that one operand varies over; a kernel has to say so."""
     kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in operands]
     axes = {axis for kind in kinds if kind is not None for axis in kind.varying}
     if not axes:

@@ -28,7 +28,7 @@ TILES = Settings(rows=64, words=64, warps=4)
 
 def few_enough(tokens: int, exact: bool) -> bool:
     """Whether there is a kernel for so many tokens."""
-    return tokens <= (EXACT_TOKENS if exact else TILE_TOKENS)
+    return 1 <= tokens <= (EXACT_TOKENS if exact else TILE_TOKENS)
 
 
 def product_of(

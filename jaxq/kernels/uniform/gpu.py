@@ -25,6 +25,13 @@ PLACES = {4: (0, 4), 3: (0, 2, 4, 6), 2: (0, 2, 4, 6, 8)}
 #: Bits of a code: by how much a word is shifted for the fields after those.
 SHIFT = {4: 8, 3: 8, 2: 10}
 
+#: Decoded weights are so much smaller than codes: below 1, so that sums in float16 overflow only for activations
+#: of thousands.
+SHRINK = 16
+
+#: A pair of 1 / (SHRINK 2^place) in float16.
+UNIT = {place: ((11 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no GPU product; empty if it has one."""
@@ -87,7 +94,7 @@ def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Floa
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Decodes pairs of `code - zero point`, exactly. Its arrays are scales and zero points `(out, groups)`."""
+    """Decodes pairs of (code - zero point) / SHRINK, exactly. Its arrays: scales, zero points `(out, groups)`."""
 
     order: Order
     group: int | None
@@ -98,11 +105,12 @@ class Grid:
         return None if self.group else self._grid(tile, jnp.zeros_like(tile.blocks))
 
     def _grid(self, tile: Tile, group: Array) -> tuple[Array, list[Array]]:
-        """(scales, minus 1024 / 2^place minus zero points for each place)."""
+        """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
         scale, zero = (load(ref.at[tile.rows * self.groups + group]) for ref in tile.refs)
         zero = zero.astype(jnp.float32)
-        offsets = [(-(1024.0 / 2**place) - zero).astype(jnp.float16) for place in PLACES[self.order.bits]]
-        return scale.astype(jnp.float32), [pair(offset, offset) for offset in offsets]
+        offsets = [(-(1024.0 / 2**place) - zero) * (1 / SHRINK) for place in PLACES[self.order.bits]]
+        offsets = [offset.astype(jnp.float16) for offset in offsets]
+        return scale.astype(jnp.float32) * SHRINK, [pair(offset, offset) for offset in offsets]
 
     def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
         found = []
@@ -138,10 +146,6 @@ class Grid:
                 fields.append(field | jnp.uint32(0x64006400))
             found.append(fields)
         return found
-
-
-#: A pair of 1 / 2^place in float16.
-UNIT = {place: ((15 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
 
 
 def _rotated(word: Array, places: int) -> Array:
