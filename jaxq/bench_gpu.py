@@ -143,8 +143,9 @@ def search(
         built = list(pool.map(build, some))
     found, expected = [], exactly(x, array)
     for settings, run in zip(some, built, strict=True):
-        trial = Trial(settings, failed=run) if isinstance(run, str) else None
-        if trial is None:
+        if isinstance(run, str):
+            trial = Trial(settings, failed=run)
+        else:
             error = error_of(run(x, prepared), expected)
             # What is not a number is not below the bound either.
             if error <= BOUND[exact]:
