@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,10 @@ def bench(
         str, typer.Option(help="What integer kernels may round activations to: float32, int16, int8; several.")
     ] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Calls, of which the fastest counts.")] = 15,
+    tune: Annotated[
+        bool,
+        typer.Option(help="Search the block sizes of this GPU's kernels and keep them, instead of measuring."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure the products of every format here, against XLA's dense float32 product and a copy of memory.
@@ -30,6 +34,9 @@ def bench(
         raise JaxqError(f"there is no benchmark {what!r}; use kernels")
     sizes = [_shape(text) for text in shapes.split(",")]
     batches = [_number(text) for text in batch.split(",")]
+    if tune:
+        _tune(sizes, batches, as_json)
+        return
 
     from jaxq import bench as measure
 
@@ -46,6 +53,26 @@ def bench(
         for row in rows
     ]
     console.out().print(console.table("products with quantized weights", columns, lines))
+
+
+def _tune(sizes: list[tuple[int, int]], batches: list[int], as_json: bool) -> None:
+    from jaxq import bench_gpu
+
+    rows = []
+
+    def keep(format: Any, shape: tuple[int, int], tokens: int, best: Any) -> None:
+        found = {"op": format.name, "bits": format.bits, "k": shape[0], "n": shape[1], "m": tokens}
+        rows.append({**found, "milliseconds": 1e3 * best.seconds, **dataclasses.asdict(best.settings)})
+
+    with console.doing("searching block sizes"):
+        path = bench_gpu.tune(sizes, batches, on_best=keep)
+    if as_json:
+        console.print_json({"table": str(path), "rows": rows})
+        return
+    names = ["op", "bits", "k", "n", "m", "rows", "words", "warps", "unroll", "split", "stages"]
+    lines = [[*(str(row[name]) for name in names), f"{row['milliseconds']:.4f}"] for row in rows]
+    columns = [("op", "left"), *((name, "right") for name in [*names[1:], "ms"])]
+    console.out().print(console.table(f"block sizes, written to {path}", columns, lines))
 
 
 def _number(text: str) -> int:

@@ -121,9 +121,15 @@ class BitPlaneArray(QuantizedArray):
         return self._values(bits, self.scale, self.offset).astype(dtype or self.dtype)
 
     def _values(self, bits: Array, scale: Array, offset: Array) -> Float[Array, "*batch in channels"]:
-        in_size = bits.shape[-2]
-        groups = split_groups(bits, self.format.rows_per_group(in_size))
-        return join_groups(sum_planes(groups, scale[..., None, :], offset[..., None, :]), in_size)
+        return _values(bits, scale, offset, self.format)
+
+    def codes(self) -> UInt8[Array, "*batch in out"]:
+        """Codes of which bit `j` is that of plane `j`."""
+        bits = unpack(self.planes, 1, self.matrix_shape[0])
+        joined = bits[..., 0, :, :]
+        for plane in range(1, self.format.bits):
+            joined = joined | (bits[..., plane, :, :] << plane)
+        return joined
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         return kernel.matmul(jnp.asarray(x), self)
@@ -170,6 +176,19 @@ class BitPlaneArray(QuantizedArray):
             scale=PartitionSpec(*batch, None, group_rows, columns),
             offset=PartitionSpec(*batch, group_rows, columns),
         )
+
+
+def _values(bits: Array, scale: Array, offset: Array, format: BitPlane) -> Float[Array, "*batch in channels"]:
+    in_size = bits.shape[-2]
+    groups = split_groups(bits, format.rows_per_group(in_size))
+    return join_groups(sum_planes(groups, scale[..., None, :], offset[..., None, :]), in_size)
+
+
+def values_of(
+    codes: UInt8[Array, "*batch in out"], scale: Array, offset: Array, format: BitPlane
+) -> Float[Array, "*batch in out"]:
+    """The values of codes by scales and offsets of their groups, float32."""
+    return _values(split_bits(codes, format.bits), scale, offset, format)
 
 
 def sum_planes(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Integer, UInt, UInt32
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format, Layout, QuantizedArray, from_dict, quantized_pytree
 from jaxq.formats.placement import canonical_spec
+from jaxq.kernels import dispatch
 from jaxq.kernels import sparse as kernel
 from jaxq.largest import largest
 
@@ -141,7 +142,15 @@ class DenseSparseArray(QuantizedArray):
         return (self.base.matrix(jnp.float32) + scatter(*self.overlay)).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        x, (_, out_size) = jnp.asarray(x), self.matrix_shape
+        x = jnp.asarray(x)
+        # Of a base in kernel order, which knows whether it can take the overlay along.
+        fuses = getattr(self.base, "fuses", None)
+        if fuses is not None and fuses(x, self.rows.shape[-1]):
+            return dispatch.on_platform("cuda", _fused, _apart, x, self)
+        return _apart(x, self)
+
+    def _apart(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        _, out_size = self.matrix_shape
         if not kernel.gathers(x, self.rows.shape[-1], out_size):
             # One dense product, where the sum of two would cost twice as much.
             return jnp.matmul(x, self.matrix(x.dtype))
@@ -169,6 +178,15 @@ class DenseSparseArray(QuantizedArray):
             starts=PartitionSpec(*batch, columns),
             counts=PartitionSpec(*batch, columns),
         )
+
+
+def _fused(x: Array, array: DenseSparseArray) -> Array:
+    base: Any = array.base
+    return base.fused(x, array.overlay)
+
+
+def _apart(x: Array, array: DenseSparseArray) -> Array:
+    return array._apart(x)
 
 
 def compress(values: Float[Array, "in out"], mask: Any, format: DenseSparse) -> tuple[Array, Array, Array, Array]:

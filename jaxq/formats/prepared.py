@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer, PyTree
 
 from jaxq.errors import JaxqError
-from jaxq.formats import codebook, packing, uniform
+from jaxq.formats import bitplane, codebook, packing, uniform
 from jaxq.formats.base import Layout, QuantizedArray, is_quantized, quantized_pytree
 from jaxq.formats.bitplane import BitPlane, BitPlaneArray
 from jaxq.formats.codebook import Codebook, CodebookArray
@@ -22,22 +23,26 @@ from jaxq.formats.placement import canonical_spec
 from jaxq.formats.rounded_input import RoundedInputArray
 from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
+from jaxq.kernels.bitplane import gpu as bitplane_gpu
 from jaxq.kernels.bitplane import native as bitplane_kernel
+from jaxq.kernels.codebook import gpu as codebook_gpu
 from jaxq.kernels.codebook import native as codebook_kernel
+from jaxq.kernels.gpu import run as gpu
+from jaxq.kernels.uniform import gpu as uniform_gpu
 from jaxq.kernels.uniform import native as uniform_kernel
-
-TARGETS = ("cpu",)
 
 #: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
 TOKENS = 512
 
-#: Bytes that stand for an activation in integer products.
-DIGITS = {"float32": 3, "int16": 2, "int8": 1}
+#: Bytes that stand for an activation: in integer products on CPUs; in products of floats on GPUs.
+DIGITS = {"cpu": {"float32": 3, "int16": 2, "int8": 1}, "gpu": {"float32": 4, "float16": 2}}
 
-KERNELS: dict[type, ModuleType] = {
-    Uniform: uniform_kernel,
-    Codebook: codebook_kernel,
-    BitPlane: bitplane_kernel,
+#: A sparse overlay goes into the same pass over the weight up to this fraction of it.
+FUSED = 0.01
+
+KERNELS: dict[str, dict[type, ModuleType]] = {
+    "cpu": {Uniform: uniform_kernel, Codebook: codebook_kernel, BitPlane: bitplane_kernel},
+    "gpu": {Uniform: uniform_gpu, Codebook: codebook_gpu, BitPlane: bitplane_gpu},
 }
 
 
@@ -46,9 +51,9 @@ KERNELS: dict[type, ModuleType] = {
 class PreparedArray(QuantizedArray):
     """A quantized tensor laid out for the kernels of one target. `restore` gives the canonical array, bit by bit.
 
-    `parts` are the arrays of the kernel (see `kernels/*/native.py`), the batch axes leading; floating ones are
-    differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block; `digits`,
-    1 to 3, are the bytes that stand for an activation in integer products.
+    `parts` are the arrays of the kernel (see `kernels/*/native.py` and `gpu.py`), the batch axes leading; floating
+    ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block;
+    `digits` are the bytes that stand for an activation (see `DIGITS`).
     """
 
     parts: tuple[Array, ...]
@@ -58,14 +63,15 @@ class PreparedArray(QuantizedArray):
     in_pad: int = dataclasses.field(metadata={"static": True})
     out_pad: int = dataclasses.field(metadata={"static": True})
     digits: int = dataclasses.field(metadata={"static": True})
+    target: str = dataclasses.field(default="cpu", metadata={"static": True})
 
     @property
     def kernel(self) -> Any:
-        return KERNELS[type(self.format)]
+        return KERNELS[self.target][type(self.format)]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        trailing = 4 if isinstance(self.format, BitPlane) else 2
+        trailing = 4 if self.kernel is bitplane_kernel else 2
         return tuple(self.parts[0].shape[:-trailing])
 
     @property
@@ -82,6 +88,9 @@ class PreparedArray(QuantizedArray):
             return uniform.assemble(*restored, **some)
         if isinstance(self.format, Codebook):
             return codebook.assemble(*restored, **some)
+        if self.target == "gpu":
+            codes, scale, offset = restored
+            return bitplane.assemble(codes, scale, offset, **some)
         planes, scale, offset = (x[..., :out_size] for x in restored)
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
@@ -96,6 +105,9 @@ class PreparedArray(QuantizedArray):
             values = uniform.values_of(codes, scale, zero, self.format)
         elif isinstance(self.format, Codebook):
             values = codebook.lookup(*self._restored())
+        elif self.target == "gpu":
+            codes, scale, offset = self._restored()
+            values = bitplane.values_of(codes, scale, offset, self.format)
         else:
             return self.restore().matrix(dtype)
         return values.astype(dtype or self.dtype)
@@ -107,10 +119,33 @@ class PreparedArray(QuantizedArray):
         mesh axes, and, with a warning, where the kernels cannot run: an array that another machine prepared.
         """
         x = jnp.asarray(x)
+        if self.target == "gpu":
+            tokens = x.size // self.matrix_shape[0]
+            if not gpu.few_enough(tokens, self.exact) or not dispatch.fits(x, self):
+                return _reference(x, self)
+            return dispatch.on_platform("cuda", _gpu_product, _reference, x, self)
         many = x.size > TOKENS * self.matrix_shape[0]
         if many or not dispatch.fits(x, self) or not native.available(warn=True):
             return _reference(x, self)
         return dispatch.on_cpu(_product, _reference, x, self)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a GPU sums in float32."""
+        return self.digits == DIGITS["gpu"]["float32"]
+
+    def fuses(self, x: Float[Array, "*tokens in"], entries: int) -> bool:
+        """Whether the kernel adds a sparse overlay of so many entries in the same pass."""
+        in_size, out_size = self.matrix_shape
+        tokens = x.size // in_size
+        some = gpu.few_enough(tokens, self.exact) and (self.exact or tokens <= gpu.ROW_TOKENS)
+        return self.target == "gpu" and some and entries <= FUSED * in_size * out_size and dispatch.fits(x, self)
+
+    def fused(
+        self, x: Float[Array, "*tokens in"], overlay: tuple[Array, Array, Array, Array]
+    ) -> Float[Array, "*tokens out"]:
+        """`x @ (matrix + overlay)` in the dtype of `x`, by the kernel of GPUs. See `fuses`."""
+        return _gpu_product(x, self, overlay)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
@@ -143,6 +178,13 @@ def _product(x: Array, array: PreparedArray) -> Array:
     return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
 
 
+def _gpu_product(x: Array, array: PreparedArray, overlay: tuple[Array, ...] = ()) -> Array:
+    *tokens, in_size = x.shape
+    options = {"exact": array.exact, "overlay": overlay, "dtype": x.dtype}
+    y = array.kernel.product(x.reshape((-1, in_size)), array, **options)
+    return y.reshape((*tokens, y.shape[-1]))
+
+
 def prepare(
     tree: PyTree,
     target: str = "cpu",
@@ -154,24 +196,27 @@ def prepare(
 
     Args:
         tree: parameters, of which some leaves are quantized; or one quantized array.
-        target: "cpu". Where its kernels cannot run (no C++ compiler, another processor) leaves stay as they are,
-            with one warning.
-        activations: what uniform grids and bit planes may round the other operand to: "float32" (as exact as
-            float32 sums), "int16" or "int8", integers with a unit for each group of inputs.
+        target: "cpu", or "gpu" for those of Nvidia. Where the kernels of CPUs cannot run (no C++ compiler, another
+            processor) leaves stay as they are, with one warning; laying out for a GPU needs none.
+        activations: what the other operand may be rounded to. "float32": nothing, products are as exact as float32
+            sums. On CPUs also "int16" or "int8", for uniform grids and bit planes: integers with a unit for each
+            group of inputs. On GPUs also "float16", in which the products of a word are then summed too: errors
+            of some 5e-4.
         on_fallback: called with the path and the reason for each quantized leaf that stays as it is.
 
     Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.
     """
-    if target not in TARGETS:
-        raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(TARGETS)}")
-    if activations not in DIGITS:
-        raise JaxqError(f"activations cannot be {activations!r}; use {', '.join(DIGITS)}")
-    missing = "" if native.available(warn=True) else f"no native CPU kernel: {native.reason()}"
+    if target not in KERNELS:
+        raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(KERNELS)}")
+    if activations not in DIGITS[target]:
+        raise JaxqError(f"activations cannot be {activations!r}; use {', '.join(DIGITS[target])}")
+    runs = target != "cpu" or native.available(warn=True)
+    missing = "" if runs else f"no native CPU kernel: {native.reason()}"
 
     def one(path: Any, leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        prepared, why = (leaf, missing) if missing else _prepare(leaf, DIGITS[activations])
+        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, DIGITS[target][activations])
         if why and on_fallback is not None:
             on_fallback(jax.tree_util.keystr(path, simple=True, separator="/"), why)
         return prepared
@@ -194,31 +239,37 @@ def restore(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree, is_leaf=is_quantized)
 
 
-def _prepare(leaf: Any, digits: int) -> tuple[Any, str]:
+def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
     """(the array in kernel order, ""), or (the array, why not)."""
     if isinstance(leaf, PreparedArray):
-        return dataclasses.replace(leaf, digits=digits), ""
+        if leaf.target == target:
+            return dataclasses.replace(leaf, digits=digits), ""
+        leaf = leaf.restore()
     if isinstance(leaf, DenseSparseArray):
-        base, why = _prepare(leaf.base, digits)
+        base, why = _prepare(leaf.base, target, digits)
         return dataclasses.replace(leaf, base=base), why
     if isinstance(leaf, RoundedInputArray):
-        weight, why = _prepare(leaf.weight, digits) if is_quantized(leaf.weight) else (leaf.weight, "it is dense")
+        weight, why = (
+            _prepare(leaf.weight, target, digits) if is_quantized(leaf.weight) else (leaf.weight, "it is dense")
+        )
         return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
-    kernel: Any = KERNELS[type(leaf.format)]
+    kernel: Any = KERNELS[target][type(leaf.format)]
     if why := kernel.unsupported(leaf):
         return leaf, why
     in_size, out_size = leaf.matrix_shape
-    parts = _lay_out(leaf)
+    parts = _lay_out(leaf, target)
     room = kernel.sizes(leaf.format, parts)
     pads = {"in_pad": room[0] - in_size, "out_pad": room[1] - out_size}
-    return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **pads, digits=digits), ""
+    return PreparedArray(
+        parts, leaf.format, leaf.layout, leaf.dtype_name, **pads, digits=digits, target=target
+    ), ""
 
 
-@jax.jit
-def _lay_out(leaf: Any) -> tuple[Array, ...]:
-    kernel: Any = KERNELS[type(leaf.format)]
+@functools.partial(jax.jit, static_argnums=1)
+def _lay_out(leaf: Any, target: str) -> tuple[Array, ...]:
+    kernel: Any = KERNELS[target][type(leaf.format)]
     if isinstance(leaf, BitPlaneArray):
-        return kernel.prepare(leaf, leaf.planes)
+        return kernel.prepare(leaf, leaf.codes() if target == "gpu" else leaf.planes)
     return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]))

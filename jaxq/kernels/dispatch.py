@@ -59,6 +59,17 @@ def on_cpu(
     implementation: Implementation, reference: Implementation, x: Float[Array, "*tokens in"], array: Any
 ) -> Float[Array, "*tokens out"]:
     """`implementation` where the program is lowered for CPUs, `reference` elsewhere, in one program."""
+    return on_platform("cpu", implementation, reference, x, array)
+
+
+def on_platform(
+    platform: str,
+    implementation: Implementation,
+    reference: Implementation,
+    x: Float[Array, "*tokens in"],
+    array: Any,
+) -> Float[Array, "*tokens out"]:
+    """`implementation` where the program is lowered for `platform`, `reference` elsewhere, in one program."""
     # A derivative is traced later, when a precision that stands around the product is no longer in force.
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
@@ -67,7 +78,7 @@ def on_cpu(
             return reference(x, array)
 
     def choose(x: Any, array: Any) -> Any:
-        return jax.lax.platform_dependent(x, array, cpu=implementation, default=precise)
+        return jax.lax.platform_dependent(x, array, default=precise, **{platform: implementation})
 
     return product(choose, precise, x, array)
 

@@ -1,0 +1,193 @@
+"""Times on a GPU, and the search for the block sizes of its kernels: what `jaxq bench kernels --tune` does."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import glob
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxq.bench import FORMATS, random_array
+from jaxq.errors import JaxqError
+from jaxq.formats.base import Format
+from jaxq.formats.prepared import PreparedArray, prepare
+from jaxq.kernels import tuning
+from jaxq.kernels.gpu import run as dispatch
+from jaxq.kernels.gpu.products import Settings
+
+#: Bytes of all copies of an operand together: three times what the cache of an H100 holds.
+ROTATED = 160 * 10**6
+
+#: Candidates for products row by row. A lane reads 16 bytes at a time if there are 128 words for each warp.
+ROWS = tuple(
+    Settings(rows, words, warps, unroll)
+    for words, warps in ((256, 2), (128, 1), (512, 4), (256, 1))
+    for rows in (2, 1, 4)
+    for unroll in (1, 2)
+)
+
+#: Candidates for tiles on tensor cores.
+TILES = tuple(
+    Settings(rows, words, warps, 1, split, stages)
+    for rows, words, warps in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 32, 4), (32, 64, 4), (16, 128, 4))
+    for split in (1, 2, 4)
+    for stages in (1, 3)
+)
+
+#: Largest relative error of a product, by whether sums are in float32.
+BOUND = {True: 1e-6, False: 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate: its time on the device, or why it has none."""
+
+    settings: Settings
+    seconds: float = math.inf
+    failed: str = ""
+
+
+def device_seconds(run: Callable[..., Any], argsets: Sequence[tuple[Any, ...]], calls: int = 30) -> float:
+    """The median time on the device of all kernels that one call launches; calls take turns over `argsets`.
+
+    On a machine without a GPU the mean by the clock of the wall, so that programs can be tried there.
+    """
+    for args in argsets[:2]:
+        jax.block_until_ready(run(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with jax.profiler.trace(folder):
+            out = [run(*argsets[call % len(argsets)]) for call in range(calls)]
+            jax.block_until_ready(out)
+        wall = (time.perf_counter() - start) / calls
+        events = _kernels(folder)
+    if not events:
+        if jax.default_backend() == "gpu":
+            raise JaxqError("the profiler saw no kernels on the GPU")
+        return wall
+    # A kernel that runs twice in a call counts twice; one that ran in few of the calls is not theirs.
+    each = [float(np.median(some)) * round(len(some) / calls) for some in events.values()]
+    return sum(each) / 1e9
+
+
+def _kernels(folder: str) -> dict[str, list[float]]:
+    """Nanoseconds of each run of each kernel in a profile."""
+    events: dict[str, list[float]] = {}
+    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            if plane.name.startswith("/device:GPU"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            events.setdefault(event.name, []).append(event.duration_ns)
+    return events
+
+
+def copies(tree: Any) -> list[Any]:
+    """So many copies of arrays that no cache holds what the next call reads; two where there is no GPU."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    count = min(40, max(3, math.ceil(ROTATED / size))) if jax.default_backend() == "gpu" else 2
+    return [tree] + [jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree) for _ in range(count - 1)]
+
+
+def exactly(x: Array, array: Any) -> np.ndarray:
+    """`x @ array` in float64 on the host, some outputs at a time."""
+    weight, x64 = np.asarray(array.matrix(jnp.float32)), np.asarray(x, np.float64)
+    strips = range(0, weight.shape[1], 2048)
+    return np.concatenate([x64 @ weight[:, at : at + 2048].astype(np.float64) for at in strips], axis=1)
+
+
+def error_of(y: Array, expected: np.ndarray) -> float:
+    """Relative error in the norm, over all outputs."""
+    return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def candidates(tokens: int, exact: bool) -> tuple[Settings, ...]:
+    """What to try for so many tokens."""
+    return ROWS if exact or tokens <= dispatch.ROW_TOKENS else TILES
+
+
+def search(
+    array: Any, tokens: int, exact: bool, some: Sequence[Settings], on_trial: Callable[[Trial], None] | None = None
+) -> list[Trial]:
+    """Times the candidates for products of so many tokens, which are all checked against float64; the best first.
+
+    `array` is a canonical array of one matrix. Candidates that do not compile, or are wrong, are reported and left
+    out.
+    """
+    prepared = prepare(array, "gpu", activations="float32" if exact else "float16")
+    if not isinstance(prepared, PreparedArray):
+        raise JaxqError(f"there is no GPU kernel for {array.format}")
+    in_size, _ = array.matrix_shape
+    x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
+    operands = [(x, copy) for copy in copies(prepared)]
+
+    def build(settings: Settings) -> Any:
+        run = jax.jit(lambda x, q: q.kernel.product(x, q, exact=exact, settings=settings))
+        try:
+            return run.lower(x, prepared).compile()
+        except Exception as reason:  # It may want more registers or shared memory than there are.
+            return str(reason).partition("\n")[0][:200]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(build, some))
+    found, expected = [], exactly(x, array)
+    for settings, run in zip(some, built, strict=True):
+        if isinstance(run, str):
+            trial = Trial(settings, failed=run)
+        else:
+            error = error_of(run(x, prepared), expected)
+            # What is not a number is not below the bound either.
+            if error <= BOUND[exact]:
+                trial = Trial(settings, device_seconds(run, operands))
+                found.append(trial)
+            else:
+                trial = Trial(settings, failed=f"is wrong by {error:.1e}")
+        if on_trial is not None:
+            on_trial(trial)
+    return sorted(found, key=lambda trial: trial.seconds)
+
+
+def save(path: Path, format: Any, shape: tuple[int, int], tokens: int, exact: bool, best: Settings) -> None:
+    """Writes the settings of products of so many tokens with a weight of `shape` (in, out) into a table."""
+    name = f"{format.name} exact" if exact else format.name
+    tuning.save(path, tuning.device(), name, format.bits, *shape, tokens, dataclasses.asdict(best))
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    formats: Sequence[Format] = FORMATS,
+    on_best: Callable[[Format, tuple[int, int], int, Trial], None] | None = None,
+) -> Path:
+    """Searches block sizes for products that sum in float16, and writes them into the user's table; its path.
+
+    Raises JaxqError where there is no GPU, or no folder for the table.
+    """
+    path = tuning.own()
+    if not tuning.device():
+        raise JaxqError("block sizes are searched on the GPU that they are for, and there is none")
+    if path is None:
+        raise JaxqError("there is no folder for what is found; JAXQ_CACHE may name one")
+    for shape in shapes:
+        for format in formats:
+            array = random_array(format, *shape)
+            for tokens in batches:
+                if not dispatch.few_enough(tokens, exact=False):
+                    continue
+                order = search(array, tokens, False, candidates(tokens, exact=False))
+                if order:
+                    save(path, format, shape, tokens, False, order[0].settings)
+                    if on_best is not None:
+                        on_best(format, shape, tokens, order[0])
+    return path

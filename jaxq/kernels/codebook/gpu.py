@@ -1,0 +1,84 @@
+"""Look-up tables on GPUs: tables lie in registers, and byte permutes find both bytes of four weights at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from jaxq.kernels.gpu import words
+from jaxq.kernels.gpu.lanes import look_up, tables
+from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
+from jaxq.kernels.gpu.run import product_of
+from jaxq.kernels.gpu.words import Order
+
+
+def unsupported(array: Any) -> str:
+    """Why an array has no GPU product; empty if it has one."""
+    if array.format.bits not in words.UNITS:
+        return "GPU kernels have look-up tables of 2 to 4 bits"
+    return "GPU kernels have tables of 16 bits a value" if array.format.table_dtype == "float32" else ""
+
+
+def _order(format: Any) -> Order:
+    return words.order_for(format.bits, None, spread=False)
+
+
+def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+    """(words by rows `(batch..., out, words)`, tables by rows `(batch..., out, 2^bits)`)."""
+    return words.pack(codes, _order(array.format)), jnp.swapaxes(array.table, -1, -2)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
+
+
+def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+    """(codes, tables) of the canonical array."""
+    rows, table = parts
+    return words.unpack(rows, _order(format), in_size), jnp.swapaxes(table, -1, -2)
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out), with what fills up the last block."""
+    return _order(format).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
+
+
+def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
+    """`x @ prepared`; see `kernels/gpu/run.py` for the options.
+
+    Tables of bfloat16 are always summed in float32: in bfloat16 an error of 1e-3 is out of reach.
+    """
+    rows, table = prepared.parts
+    if table.dtype == jnp.bfloat16:
+        options["exact"] = True
+    entries = lax.bitcast_convert_type(table.reshape((*table.shape[:-1], -1, 2)), jnp.uint32)
+    return product_of(
+        "codebook", x, Weight(rows, Tables(_order(prepared.format), table.dtype), (entries,)), **options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Looks pairs up; exact. Its array holds the tables as pairs of entries, `(out, 2^bits / 2)` words."""
+
+    order: Order
+    kind: Any
+
+    def begin(self, tile: Tile) -> list[tuple[Array, Array]]:
+        count = 2**self.order.bits // 2
+        (entries,) = tile.refs
+        return tables(tile.instructions, [load(entries.at[tile.rows * count + entry]) for entry in range(count)])
+
+    def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
+        found: list[tuple[list[Array], Array | None]] = []
+        for member in words.nibbles(planes, self.order):
+            found.append(([pair for some in member for pair in look_up(tile.instructions, some, state)], None))
+        return found
+
+    def exact(self, state: Any, planes: list[Array], tile: Tile) -> list[Any]:
+        return pairs_exactly(self, state, planes, tile)

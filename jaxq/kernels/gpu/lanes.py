@@ -1,0 +1,140 @@
+"""Instructions on 32-bit words that hold two 16-bit floats (a *pair*) or four bytes, on a GPU or emulated.
+
+Kernels are written once over an `Instructions` object: `Hardware` is inline assembly for Nvidia GPUs, `Emulated`
+means the same in plain array operations, with which a kernel is interpreted and tested on any machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
+
+Words = UInt32[Array, "*tile"]
+
+
+class Instructions(Protocol):
+    def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
+        """Byte k is that of the eight bytes (low, high) which bits 4k to 4k + 2 of the selector name.
+
+        Selectors have bit 4k + 3 clear; bits from 16 on mean nothing.
+        """
+        ...
+
+    def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
+        """a * b + c of both halves as float16, rounded once; without `c` the product."""
+        ...
+
+
+class Emulated:
+    """Array operations that give the same bits."""
+
+    def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
+        low, high, selector = jnp.broadcast_arrays(low, high, jnp.asarray(selector, jnp.uint32))
+        several = jnp.concatenate([jax.lax.bitcast_convert_type(word, jnp.uint8) for word in (low, high)], axis=-1)
+        places = (selector[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.uint32)) & 7
+        found = jnp.take_along_axis(several, places.astype(jnp.int32), axis=-1).astype(jnp.uint32)
+        # Added up, not taken as one word: XLA on CPUs (jaxlib 0.10.2) joins two such casts to a wrong one.
+        return jnp.sum(found << jnp.arange(0, 32, 8, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+    def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
+        def both(word: Words) -> Array:
+            return jax.lax.bitcast_convert_type(word, jnp.float16).astype(jnp.float32)
+
+        # A product of two float16 is exact in float32.
+        total = both(a) * both(b)
+        if c is not None:
+            total = total + both(c)
+        return jax.lax.bitcast_convert_type(total.astype(jnp.float16), jnp.uint32)
+
+
+class Hardware:
+    """Inline assembly in a Pallas kernel that is lowered through Triton."""
+
+    def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
+        if isinstance(selector, int):
+            return _assembly(f"prmt.b32 $0, $1, $2, {selector:#x};", low, high)
+        return _assembly("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+
+    def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
+        if c is None:
+            return _assembly("mul.rn.f16x2 $0, $1, $2;", a, b)
+        return _assembly("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
+
+
+def _assembly(text: str, *words: Words) -> Words:
+    from jax.experimental.pallas import triton
+
+    words = tuple(jnp.broadcast_arrays(*words))
+    # Triton's own type of 32 bits, which has no sign; jax writes uint32 as another, which it refuses.
+    out = jax.ShapeDtypeStruct(words[0].shape, jnp.int32)
+    constraints = ",".join(["=r", *["r"] * len(words)])
+    (result,) = triton.elementwise_inline_asm(
+        text, args=words, constraints=constraints, pack=1, result_shape_dtypes=[out]
+    )
+    return result.astype(jnp.uint32)
+
+
+def halves(word: Words, kind: Any = jnp.float16) -> tuple[Float[Array, "*tile"], Float[Array, "*tile"]]:
+    """Both halves of a pair of `kind` (float16 or bfloat16), the low one first, as float32."""
+    if kind == jnp.bfloat16:
+        return _as_float32(word << 16), _as_float32(word & jnp.uint32(0xFFFF0000))
+    low, high = parts(word)
+    return low.astype(jnp.float32), high.astype(jnp.float32)
+
+
+def parts(word: Words) -> tuple[Array, Array]:
+    """Both halves as float16."""
+    low, high = (jax.lax.bitcast_convert_type(z.astype(jnp.uint16), jnp.float16) for z in (word, word >> 16))
+    return low, high
+
+
+def pair(low: Float[Array, "*tile"], high: Float[Array, "*tile"]) -> Words:
+    """A pair of two float16."""
+    bits = [jax.lax.bitcast_convert_type(z, jnp.uint16).astype(jnp.uint32) for z in (low, high)]
+    return bits[0] | (bits[1] << 16)
+
+
+def _as_float32(word: Words) -> Float[Array, "*tile"]:
+    return jax.lax.bitcast_convert_type(word, jnp.float32)
+
+
+def tables(instructions: Instructions, entries: list[Words]) -> list[tuple[Words, Words]]:
+    """Registers of look-up tables from pairs of entries: for each run of 4 entries (low bytes, high bytes)."""
+    runs = []
+    for first in range(0, len(entries), 2):
+        some = entries[first], entries[first + 1]
+        runs.append((instructions.permute(*some, 0x6420), instructions.permute(*some, 0x7531)))
+    return runs
+
+
+def look_up(instructions: Instructions, nibbles: Words, runs: list[tuple[Words, Words]]) -> list[Words]:
+    """The four pairs that eight nibbles of a word stand for, two neighbouring nibbles a pair, lowest first.
+
+    Byte permutes find the low and the high bytes of four entries at a time, and others join them to pairs. With 16
+    entries both halves of the table are read and a third permute picks between them by the nibble's top bit.
+    """
+    count = 4 * len(runs)
+    selector, choice = nibbles, None
+    if count == 16:
+        selector = nibbles & jnp.uint32(0x77777777)
+        choice = ((nibbles >> 1) & jnp.uint32(0x44444444)) | jnp.uint32(0x32103210)
+    found = []
+    for half in (0, 1):
+        if half:
+            selector, choice = selector >> 16, None if choice is None else choice >> 16
+        sides = []
+        for side in (0, 1):
+            registers = [run[side] for run in runs]
+            if count == 16:
+                first = instructions.permute(registers[0], registers[1], selector)
+                second = instructions.permute(registers[2], registers[3], selector)
+                assert choice is not None
+                sides.append(instructions.permute(first, second, choice))
+            else:
+                sides.append(instructions.permute(registers[0], registers[-1], selector))
+        low, high = sides
+        found += [instructions.permute(low, high, 0x5140), instructions.permute(low, high, 0x7362)]
+    return found

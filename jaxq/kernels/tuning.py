@@ -1,0 +1,98 @@
+"""Block sizes found by search: a table that ships with the package, over which the user's own goes.
+
+Both are JSON: device -> "op bits" -> a list of {"n", "k", "m", and the settings}. `jaxq bench kernels --tune`
+writes the user's, in the cache folder (`JAXQ_CACHE`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxq.kernels.native.build import BuildError, cache
+
+SHIPPED = Path(__file__).parent / "tuning.json"
+
+#: A shape uses the entry of another one that is not further away than this, in doublings of n and k together.
+NEAR = 6.0
+
+SHAPE = ("n", "k", "m")
+
+Table = dict[str, dict[str, list[dict[str, int]]]]
+
+
+def own() -> Path | None:
+    """The user's table; None for a user without a home."""
+    try:
+        return cache() / "tuning.json"
+    except BuildError:
+        return None
+
+
+def look_up(op: str, bits: int, k: int, n: int, m: int) -> dict[str, int] | None:
+    """Settings for a product of `(m, k)` with `(k, n)` on the device of this process, or None.
+
+    This shape itself or the nearest with about as many tokens, since what is best changes slowly with n and k; of
+    two that are equally near the user's. What is best on another device would be a guess.
+    """
+    return find(device(), op, bits, k, n, m)
+
+
+def find(kind: str, op: str, bits: int, k: int, n: int, m: int) -> dict[str, int] | None:
+    """`look_up` for a device of this kind."""
+    best, found = NEAR, None
+    for path in (own(), SHIPPED):
+        for entry in _read(path).get(kind, {}).get(f"{op} {bits}", []):
+            if (entry["m"] - 1).bit_length() != (m - 1).bit_length():
+                continue
+            distance = abs(math.log2(entry["n"] / n)) + abs(math.log2(entry["k"] / k))
+            if distance < best:
+                best, found = distance, entry
+    return None if found is None else {name: value for name, value in found.items() if name not in SHAPE}
+
+
+def save(path: Path, kind: str, op: str, bits: int, k: int, n: int, m: int, settings: dict[str, int]) -> None:
+    """Puts settings into the table at `path`, in place of those for the same shape."""
+    table: Any = json.loads(path.read_text()) if path.exists() else {}
+    entries = table.setdefault(kind, {}).setdefault(f"{op} {bits}", [])
+    shape = {"n": n, "k": k, "m": m}
+    entries[:] = [entry for entry in entries if any(entry[name] != size for name, size in shape.items())]
+    entries.append({**shape, **settings})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(table, indent=1) + "\n")
+    aside.replace(path)
+    _read.cache_clear()
+
+
+def device() -> str:
+    """The kind of GPU that this process has, or that a program is compiled for; empty if there is none."""
+    try:
+        return jax.devices("gpu")[0].device_kind
+    except RuntimeError:
+        return ""
+
+
+@functools.cache
+def _read(path: Path | None) -> Table:
+    if path is None or not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text())
+        for kinds in table.values():
+            for entries in kinds.values():
+                for entry in entries:
+                    if any(type(value) is not int or value < 1 for value in entry.values()):
+                        raise ValueError(f"{entry} holds what is not a positive number")
+                    if not set(SHAPE) <= set(entry):
+                        raise ValueError(f"{entry} names no shape")
+        return table
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"the table of kernel settings {path} is not used: {error}", stacklevel=4)
+        return {}

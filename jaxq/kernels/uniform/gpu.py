@@ -1,0 +1,152 @@
+"""Uniform grids on GPUs: a code becomes part of a float16's mantissa, and one fused operation makes it a value.
+
+A field of bits put into the mantissa of 1024 at place p is 1024 + 2^p code; that over 2^p, minus 1024 / 2^p and
+the zero point, is code - zero point, all exactly. So a pair of codes costs one logical operation and one of
+arithmetic, and most fields need no shift. Scales multiply sums of products, not weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from jaxq.kernels.gpu import words
+from jaxq.kernels.gpu.lanes import pair
+from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
+from jaxq.kernels.gpu.run import product_of
+from jaxq.kernels.gpu.words import Order
+
+#: Bits of a code: where, in a half of a word, the fields begin that are read without another shift.
+PLACES = {4: (0, 4), 3: (0, 2, 4, 6), 2: (0, 2, 4, 6, 8)}
+
+#: Bits of a code: by how much a word is shifted for the fields after those.
+SHIFT = {4: 8, 3: 8, 2: 10}
+
+#: Decoded weights are so much smaller than codes: below 1, so that sums in float16 overflow only for activations
+#: of thousands.
+SHRINK = 16
+
+#: A pair of 1 / (SHRINK 2^place) in float16.
+UNIT = {place: ((11 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
+
+
+def unsupported(array: Any) -> str:
+    """Why an array has no GPU product; empty if it has one."""
+    bits = array.format.bits
+    if bits not in words.UNITS:
+        return "GPU kernels have uniform grids of 2 to 4 bits"
+    return words.unsupported(bits, _group(array.format, array.scale.shape[-2]))
+
+
+def _group(format: Any, groups: int) -> int | None:
+    return None if groups == 1 else format.group_size
+
+
+def _order(format: Any, groups: int) -> Order:
+    return words.order_for(format.bits, _group(format, groups), spread=True)
+
+
+def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+    """(words by rows `(batch..., out, words)`, scales and zero points by rows `(batch..., out, groups)`)."""
+    _, out_size = array.matrix_shape
+    groups = array.scale.shape[-2]
+    order, group = _order(array.format, groups), _group(array.format, groups)
+    rows = words.pack(codes, order)
+    room = words.groups_in(rows.shape[-1], order, group)
+
+    def by_rows(x: Array) -> Array:
+        if array.format.group_size == "tensor":
+            x = jnp.broadcast_to(x, (*x.shape[:-1], out_size))
+        return words.pad_last(jnp.swapaxes(x, -1, -2), room)
+
+    return rows, by_rows(array.scale), by_rows(array.zero_point().astype(jnp.uint8))
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
+
+
+def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+    """(codes, scales, zero points) of the canonical array."""
+    codes, scale, zero = parts
+    groups = -(-in_size // format.rows_per_group(in_size))
+    channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
+    scale, zero = (jnp.swapaxes(x[..., channels, :groups], -1, -2) for x in (scale, zero))
+    return words.unpack(codes, _order(format, parts[1].shape[-1]), in_size), scale, zero
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out), with what fills up the last block."""
+    return _order(format, parts[1].shape[-1]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
+
+
+def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
+    """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
+    rows, scale, zero = prepared.parts
+    groups = scale.shape[-1]
+    grid = Grid(_order(prepared.format, groups), _group(prepared.format, groups), groups)
+    return product_of("uniform", x, Weight(rows, grid, (scale, zero)), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Decodes pairs of (code - zero point) / SHRINK, exactly. Its arrays: scales, zero points `(out, groups)`."""
+
+    order: Order
+    group: int | None
+    groups: int
+    kind: Any = jnp.float16
+
+    def begin(self, tile: Tile) -> Any:
+        return None if self.group else self._grid(tile, jnp.zeros_like(tile.blocks))
+
+    def _grid(self, tile: Tile, group: Array) -> tuple[Array, list[Array]]:
+        """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
+        scale, zero = (load(ref.at[tile.rows * self.groups + group]) for ref in tile.refs)
+        zero = zero.astype(jnp.float32)
+        offsets = [(-(1024.0 / 2**place) - zero) * (1 / SHRINK) for place in PLACES[self.order.bits]]
+        offsets = [offset.astype(jnp.float16) for offset in offsets]
+        return scale.astype(jnp.float32) * SHRINK, [pair(offset, offset) for offset in offsets]
+
+    def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
+        found = []
+        for member, fields in enumerate(self._fields(planes)):
+            scale, offsets = state or self._grid(tile, words.group_of(tile.blocks, member, self.order, self.group))
+            pairs = []
+            for i, field in enumerate(fields):
+                place = i % len(offsets)
+                unit = jnp.full_like(field, jnp.uint32(UNIT[PLACES[self.order.bits][place]]))
+                pairs.append(
+                    tile.instructions.multiply_add(field, unit, jnp.broadcast_to(offsets[place], field.shape))
+                )
+            found.append((pairs, scale))
+        return found
+
+    def exact(self, state: Any, planes: list[Array], tile: Tile) -> list[Any]:
+        return pairs_exactly(self, state, planes, tile)
+
+    def _fields(self, planes: list[Array]) -> list[list[Array]]:
+        """For each member the pairs 1024 + 2^place * code."""
+        bits, places = self.order.bits, PLACES[self.order.bits]
+        found = []
+        for member in range(self.order.members):
+            fields = []
+            for i in range(self.order.pairs):
+                turn, step = divmod(i, len(places))
+                word = planes[member] >> (SHIFT[bits] * turn) if turn else planes[member]
+                low = 2 if bits == 3 else bits
+                field = word & jnp.uint32(0x00010001 * (2**low - 1) << places[step])
+                if bits == 3:
+                    top = _rotated(planes[2], 8 * member + turn)
+                    field = field | (top & jnp.uint32(0x00040004 << places[step]))
+                fields.append(field | jnp.uint32(0x64006400))
+            found.append(fields)
+        return found
+
+
+def _rotated(word: Array, places: int) -> Array:
+    return word if not places else (word >> places) | (word << (32 - places))
