@@ -29,6 +29,9 @@ CHAIN = 8
 #: Tokens of a tile on tensor cores at least.
 TILE_TOKENS = 16
 
+#: Products of a tile on tensor cores at least, for each sum: with fewer the compiler counts some twice.
+TILE_DEPTH = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -208,18 +211,21 @@ def tiles(
     """
     assert not weight.overlay
     decoder, order = weight.decoder, weight.decoder.order
-    tokens, _ = x.shape
+    tokens, in_size = x.shape
     out_size, row_words = weight.words.shape
-    x, _ = _operand(x, order.inputs_in(row_words), exact=False)
     blocks = row_words // order.block_words
-    some = min(max(settings.words // order.run, 1), _power(blocks))
+    some = max(min(max(settings.words // order.run, 1), _power(blocks)), TILE_DEPTH // order.run)
     split = min(settings.split, -(-blocks // some))
     steps = -(-blocks // (some * split))
     ragged = steps * split * some != blocks
     rows = min(settings.rows, _power(out_size))
     width = max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
     instructions = Emulated() if interpret else Hardware()
-    depth, row_pairs = some * order.run, x.shape[0] // tokens
+    depth, side = some * order.run, steps * split * some * order.block_inputs // 2
+    # Even and odd inputs apart, each of all tokens, so that a tile of them is read as it lies; zeros where there are
+    # no tokens or inputs.
+    x = jnp.pad(x.astype(jnp.float16), ((0, width - tokens), (0, 2 * side - in_size)))
+    x = jnp.moveaxis(x.reshape((width, side, 2)), -1, 0)
     kept = dtype if split == 1 else jnp.float32
 
     def kernel(x_ref: Any, words_ref: Any, *rest: Any) -> None:
@@ -245,16 +251,14 @@ def tiles(
             planes = [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
             for member, (pairs, scale) in enumerate(decoder.decode(state, planes, tile(chunk))):
                 b = chunk * some + block_of
-                inside = jnp.broadcast_to((token < tokens) & (b < blocks), (depth, width))
                 for i, word in enumerate(pairs):
                     if scale is not None:
                         both = pair(*[scale.astype(jnp.float16)] * 2)
                         word = instructions.multiply_add(word, jnp.broadcast_to(both, word.shape), None)
                     first = ((b * order.members + member) * order.pairs + i) * order.run
-                    some_x = load(x_ref.at[token * row_pairs + first + place_of], inside)
-                    for a, some_half in zip(parts(word), parts(some_x), strict=True):
-                        a = a.reshape((rows, depth))
-                        sums = sums + lax.dot(a, some_half, preferred_element_type=jnp.float32)
+                    for half, a in enumerate(parts(word)):
+                        some_x = load(x_ref.at[(half * width + token) * side + first + place_of])
+                        sums = sums + lax.dot(a.reshape((rows, depth)), some_x, preferred_element_type=jnp.float32)
             return sums
 
         sums = lax.fori_loop(0, steps, step, jnp.zeros((rows, width), jnp.float32))
