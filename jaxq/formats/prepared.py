@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -22,22 +23,23 @@ from jaxq.formats.placement import canonical_spec
 from jaxq.formats.rounded_input import RoundedInputArray
 from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
-from jaxq.kernels.bitplane import native as bitplane_kernel
-from jaxq.kernels.codebook import native as codebook_kernel
-from jaxq.kernels.uniform import native as uniform_kernel
+from jaxq.kernels.bitplane import native as bitplane_native
+from jaxq.kernels.bitplane import tpu as bitplane_tpu
+from jaxq.kernels.codebook import native as codebook_native
+from jaxq.kernels.codebook import tpu as codebook_tpu
+from jaxq.kernels.tpu import generations
+from jaxq.kernels.uniform import native as uniform_native
+from jaxq.kernels.uniform import tpu as uniform_tpu
 
-TARGETS = ("cpu",)
-
-#: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
-TOKENS = 512
+TARGETS = ("cpu", "tpu", *generations.TARGETS)
 
 #: Bytes that stand for an activation in integer products.
 DIGITS = {"float32": 3, "int16": 2, "int8": 1}
 
-KERNELS: dict[type, ModuleType] = {
-    Uniform: uniform_kernel,
-    Codebook: codebook_kernel,
-    BitPlane: bitplane_kernel,
+#: For each platform, what lays out and multiplies the arrays of a format.
+KERNELS: dict[str, dict[type, ModuleType]] = {
+    "cpu": {Uniform: uniform_native, Codebook: codebook_native, BitPlane: bitplane_native},
+    "tpu": {Uniform: uniform_tpu, Codebook: codebook_tpu, BitPlane: bitplane_tpu},
 }
 
 
@@ -46,9 +48,10 @@ KERNELS: dict[type, ModuleType] = {
 class PreparedArray(QuantizedArray):
     """A quantized tensor laid out for the kernels of one target. `restore` gives the canonical array, bit by bit.
 
-    `parts` are the arrays of the kernel (see `kernels/*/native.py`), the batch axes leading; floating ones are
-    differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block; `digits`,
-    1 to 3, are the bytes that stand for an activation in integer products.
+    `parts` are the arrays of the kernel (see `kernels/*/native.py` and `tpu.py`), the batch axes leading; floating
+    ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block;
+    `digits`, 1 to 3, are the bytes that stand for an activation in integer products of CPUs; `target` is "cpu" or
+    a generation of TPUs.
     """
 
     parts: tuple[Array, ...]
@@ -58,15 +61,20 @@ class PreparedArray(QuantizedArray):
     in_pad: int = dataclasses.field(metadata={"static": True})
     out_pad: int = dataclasses.field(metadata={"static": True})
     digits: int = dataclasses.field(metadata={"static": True})
+    target: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def platform(self) -> str:
+        """The platform of `target`, as JAX names it."""
+        return _platform(self.target)
 
     @property
     def kernel(self) -> Any:
-        return KERNELS[type(self.format)]
+        return KERNELS[self.platform][type(self.format)]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        trailing = 4 if isinstance(self.format, BitPlane) else 2
-        return tuple(self.parts[0].shape[:-trailing])
+        return tuple(self.parts[0].shape[: -self.kernel.AXES])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -75,19 +83,20 @@ class PreparedArray(QuantizedArray):
 
     def restore(self) -> QuantizedArray:
         """The array in canonical packing."""
-        in_size, out_size = self.matrix_shape
+        in_size, _ = self.matrix_shape
         restored = self._restored()
         some = {"format": self.format, "layout": self.layout, "dtype": self.dtype_name}
         if isinstance(self.format, Uniform):
             return uniform.assemble(*restored, **some)
         if isinstance(self.format, Codebook):
             return codebook.assemble(*restored, **some)
-        planes, scale, offset = (x[..., :out_size] for x in restored)
+        planes, scale, offset = restored
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
 
-    def _restored(self) -> Any:
-        return self.kernel.restore(self.format, self.parts, self.matrix_shape[0])
+    def _restored(self) -> list[Array]:
+        in_size, out_size = self.matrix_shape
+        return [x[..., :out_size] for x in self.kernel.restore(self.format, self.parts, in_size)]
 
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         # Codes that are packed only to be unpacked would take longer than all the rest.
@@ -103,14 +112,15 @@ class PreparedArray(QuantizedArray):
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         """`x @ matrix` by the kernel, in the dtype of `x`.
 
-        The weight becomes dense instead in programs for other platforms, for many tokens, for float64, on explicit
-        mesh axes, and, with a warning, where the kernels cannot run: an array that another machine prepared.
+        The weight becomes dense instead in programs for other platforms, for many tokens (`TOKENS` of the kernel),
+        for float64, on explicit mesh axes, and, with a warning, where the kernels of CPUs cannot run: an array
+        that another machine prepared.
         """
         x = jnp.asarray(x)
-        many = x.size > TOKENS * self.matrix_shape[0]
-        if many or not dispatch.fits(x, self) or not native.available(warn=True):
+        many = x.size > self.kernel.TOKENS * self.matrix_shape[0]
+        if many or not dispatch.fits(x, self) or (self.target == "cpu" and not native.available(warn=True)):
             return _reference(x, self)
-        return dispatch.on_cpu(_product, _reference, x, self)
+        return dispatch.on(self.platform, _product, _reference, x, self)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
@@ -129,7 +139,13 @@ class PreparedArray(QuantizedArray):
         if rows is not None or self.out_pad:
             raise JaxqError("a prepared array is sharded along whole tiles of its outputs only; "
                             "shard the canonical array and prepare its shards")  # fmt: skip
-        parts = tuple(PartitionSpec(*batch, columns, *[None] * (x.ndim - len(batch) - 1)) for x in self.parts)
+
+        def of(part: Array) -> PartitionSpec:
+            others = [None] * (part.ndim - len(batch) - 1)
+            # Outputs come first for CPUs, last for TPUs.
+            return PartitionSpec(*batch, *((columns, *others) if self.target == "cpu" else (*others, columns)))
+
+        parts = tuple(of(part) for part in self.parts)
         return dataclasses.replace(self, parts=parts)
 
 
@@ -139,8 +155,12 @@ def _reference(x: Array, array: PreparedArray) -> Array:
 
 def _product(x: Array, array: PreparedArray) -> Array:
     *tokens, in_size = x.shape
-    y = array.kernel.product(x.reshape((-1, in_size)).astype(jnp.float32), array)
+    y = array.kernel.product(x.reshape((-1, in_size)), array)[:, : array.matrix_shape[1]]
     return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
+
+
+def _platform(target: str) -> str:
+    return target.partition("-")[0]
 
 
 def prepare(
@@ -154,10 +174,12 @@ def prepare(
 
     Args:
         tree: parameters, of which some leaves are quantized; or one quantized array.
-        target: "cpu". Where its kernels cannot run (no C++ compiler, another processor) leaves stay as they are,
-            with one warning.
-        activations: what uniform grids and bit planes may round the other operand to: "float32" (as exact as
-            float32 sums), "int16" or "int8", integers with a unit for each group of inputs.
+        target: "cpu": where its kernels cannot run (no C++ compiler, another processor) leaves stay as they are,
+            with one warning. "tpu-v4", "tpu-v5" (v5e, v5p) or "tpu-v6" (v6e, v7x): kernels in Pallas, whose
+            layouts can be made anywhere. "tpu": the generation of this process's TPU; without one "tpu-v5", which
+            later ones run too.
+        activations: what uniform grids and bit planes may round the other operand to on CPUs: "float32" (as exact
+            as float32 sums), "int16" or "int8", integers with a unit for each group of inputs.
         on_fallback: called with the path and the reason for each quantized leaf that stays as it is.
 
     Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.
@@ -166,12 +188,17 @@ def prepare(
         raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(TARGETS)}")
     if activations not in DIGITS:
         raise JaxqError(f"activations cannot be {activations!r}; use {', '.join(DIGITS)}")
-    missing = "" if native.available(warn=True) else f"no native CPU kernel: {native.reason()}"
+    if target != "cpu" and activations != "float32":
+        raise JaxqError("activations are rounded on CPUs only; on a TPU their dtype decides: bfloat16 or float32")
+    if target == "tpu":
+        target = generations.of_this_process()
+    lacking = target == "cpu" and not native.available(warn=True)
+    missing = f"no native CPU kernel: {native.reason()}" if lacking else ""
 
     def one(path: Any, leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        prepared, why = (leaf, missing) if missing else _prepare(leaf, DIGITS[activations])
+        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, DIGITS[activations])
         if why and on_fallback is not None:
             on_fallback(jax.tree_util.keystr(path, simple=True, separator="/"), why)
         return prepared
@@ -194,31 +221,36 @@ def restore(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree, is_leaf=is_quantized)
 
 
-def _prepare(leaf: Any, digits: int) -> tuple[Any, str]:
+def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
     """(the array in kernel order, ""), or (the array, why not)."""
     if isinstance(leaf, PreparedArray):
-        return dataclasses.replace(leaf, digits=digits), ""
+        if leaf.target == target:
+            return dataclasses.replace(leaf, digits=digits), ""
+        return _prepare(leaf.restore(), target, digits)
     if isinstance(leaf, DenseSparseArray):
-        base, why = _prepare(leaf.base, digits)
+        base, why = _prepare(leaf.base, target, digits)
         return dataclasses.replace(leaf, base=base), why
     if isinstance(leaf, RoundedInputArray):
-        weight, why = _prepare(leaf.weight, digits) if is_quantized(leaf.weight) else (leaf.weight, "it is dense")
+        if not is_quantized(leaf.weight):
+            return leaf, "it is dense"
+        weight, why = _prepare(leaf.weight, target, digits)
         return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
-    kernel: Any = KERNELS[type(leaf.format)]
+    kernel: Any = KERNELS[_platform(target)][type(leaf.format)]
     if why := kernel.unsupported(leaf):
         return leaf, why
     in_size, out_size = leaf.matrix_shape
-    parts = _lay_out(leaf)
+    parts = _lay_out(leaf, target)
     room = kernel.sizes(leaf.format, parts)
     pads = {"in_pad": room[0] - in_size, "out_pad": room[1] - out_size}
-    return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **pads, digits=digits), ""
+    some = {**pads, "digits": digits, "target": target}
+    return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **some), ""
 
 
-@jax.jit
-def _lay_out(leaf: Any) -> tuple[Array, ...]:
-    kernel: Any = KERNELS[type(leaf.format)]
+@functools.partial(jax.jit, static_argnums=1)
+def _lay_out(leaf: Any, target: str) -> tuple[Array, ...]:
+    kernel: Any = KERNELS[_platform(target)][type(leaf.format)]
     if isinstance(leaf, BitPlaneArray):
-        return kernel.prepare(leaf, leaf.planes)
-    return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]))
+        return kernel.prepare(leaf, leaf.planes, target)
+    return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]), target)
