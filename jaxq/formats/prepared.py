@@ -96,7 +96,7 @@ class PreparedArray(QuantizedArray):
 
     def _restored(self) -> list[Array]:
         in_size, out_size = self.matrix_shape
-        return [x[..., :out_size] for x in self.kernel.restore(self.format, self.parts, in_size)]
+        return [x[..., :out_size] for x in self.kernel.restore(self.format, self.parts, in_size, self.target)]
 
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         # Codes that are packed only to be unpacked would take longer than all the rest.

@@ -58,9 +58,7 @@ def main(generation: str, format: str, in_size: str, out_size: str, tokens: str,
     array = from_dict(json.loads(format)).abstract((int(in_size), int(out_size)))
     prepared = jax.eval_shape(lambda q: jaxq.prepare(q, target), array)
     x = jax.ShapeDtypeStruct((int(tokens), int(in_size)), dtype)
-    x, prepared = jax.tree.map(
-        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place), (x, prepared)
-    )
+    x, prepared = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place), (x, prepared))
     compiled = jax.jit(lambda x, q: x @ q).lower(x, prepared).compile()
     calls = collections.Counter(re.findall(r'custom_call_target="(\w+)"', compiled.as_text()))
     memory = compiled.memory_analysis()

@@ -36,8 +36,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array]:
     """(codes, tables) of the canonical array."""
+    del target  # One layout for all processors.
     rows, table = parts
     return lines.unpack(rows, format.bits, in_size), jnp.swapaxes(table, -1, -2)
 

@@ -8,6 +8,7 @@ reference; for float32 everything is exact.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Integer
 
+from jaxq.kernels.codebook import tpu_words
 from jaxq.kernels.tpu import blocks, generations, words
 
 #: Axes of the codes of one matrix.
@@ -34,15 +36,17 @@ def unsupported(array: Any) -> str:
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
-    """Words of codes (`tpu.words`; 3 bits take 4) and tables `(batch..., 2^bits, out)` in their own dtype.
+    """Words of codes (3 bits take 4) and tables `(batch..., 2^bits, out)` in their own dtype.
 
-    All targets have one layout. Inputs and outputs are filled up with zeros.
+    The order is that of `tpu.words` for V6, of `tpu_words` before. Inputs and outputs are filled up with zeros.
     """
-    del target
     in_size, out_size = words.padded(*array.matrix_shape)
     codes = words.pad_matrix(codes, in_size, out_size)
     table = words.pad_matrix(array.table, array.table.shape[-2], out_size)
-    return words.pack(codes, words.FIELD[array.format.bits]), table
+    bits = array.format.bits
+    if target == generations.V6:
+        return words.pack(codes, words.FIELD[bits]), table
+    return tpu_words.pack(codes, bits), table
 
 
 def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
@@ -50,10 +54,14 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[..., ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array]:
     """(codes, tables) of the canonical array, with the outputs that fill up the last tile."""
     packed, table = parts
-    return words.unpack(packed, words.FIELD[format.bits])[..., :in_size, :], table
+    if target == generations.V6:
+        codes = words.unpack(packed, words.FIELD[format.bits])
+    else:
+        codes = tpu_words.unpack(packed, format.bits)
+    return codes[..., :in_size, :], table
 
 
 def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
@@ -63,28 +71,23 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
     packed, table = prepared.parts
-    field = words.FIELD[prepared.format.bits]
+    bits = prepared.format.bits
     x = blocks.precise(x)
-    in_size = packed.shape[-2] * 32 // field
-    x = words.pad_matrix(x, x.shape[0], in_size)
     half = x.dtype == jnp.bfloat16
-    if prepared.target == generations.V4:
-        look_up, table = _select, table.astype(jnp.float32)
-    elif prepared.target == generations.V6 and half:
-        look_up, table = _gather_halves, _rows(table.astype(jnp.bfloat16), words.TILE)
-    elif table.shape[-2] <= words.SUBLANES:
-        look_up, table = _gather, _rows(table.astype(jnp.float32), words.SUBLANES)
+    if half:
+        table = table.astype(jnp.bfloat16)
+    if prepared.target == generations.V6:
+        tiles, table = _tiles_of_halves, _pieces(table)
+    elif prepared.target == generations.V4:
+        tiles, table = _each(_select), table.astype(jnp.float32)
+    elif bits <= 3:
+        tiles, table = _each(_gather), _rows(table.astype(jnp.float32), words.SUBLANES)
     elif half:
-        look_up, table = _gather_pairs, _pairs(table)
+        tiles, table = _each(_gather_pairs), _pairs(table)
     else:
-        look_up, table = _gather_twice, _rows(table.astype(jnp.float32), words.TILE)
-    if look_up is _gather_halves:
-        body = functools.partial(_body, look_up=look_up, field=field, deep=DEEP_HALVES)
-    else:
-        # Numbers of 32 bits come one half of the words after the other.
-        x = x.reshape((-1, in_size // words.TILE, words.SUBLANES, 2)).swapaxes(-1, -2).reshape(x.shape)
-        body = functools.partial(_body, look_up=_halves(look_up), field=field, deep=DEEP)
-    return blocks.product(body, x, [(packed, 32 // field)], [table], _scratch)
+        tiles, table = _each(_gather_twice), table.astype(jnp.float32)
+    body = functools.partial(_body, tiles=tiles, bits=bits)
+    return blocks.product(body, x, [(packed, 32 // words.FIELD[bits])], [table], _scratch)
 
 
 def _scratch(rows: int, wide: int) -> list[Any]:
@@ -113,20 +116,32 @@ def _pairs(table: Float[Array, "entries out"]) -> Integer[Array, "8 out"]:
     return jax.lax.bitcast_convert_type(word, jnp.int32)
 
 
-def _body(x, packed, table, out, total, *, look_up, field: int, deep: int) -> None:
-    """One block: x `[tokens, deep]`, words `[rows, wide]`, the whole table of its outputs `[entries, wide]`."""
+def _pieces(table: Float[Array, "entries out"]) -> Float[Array, "pieces 16 out"]:
+    """Bfloat16 tables of which the sum is the table: one for every 8 bits of its precision."""
+    count = {"bfloat16": 1, "float16": 2, "float32": 3}[table.dtype.name]
+    rest, pieces = _rows(table.astype(jnp.float32), words.TILE), []
+    for _ in range(count):
+        # By a mask, since XLA may leave out a pair of casts; what it cuts off goes to the next piece.
+        top = jax.lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        top = jax.lax.bitcast_convert_type(top, jnp.float32)
+        pieces.append(top.astype(jnp.bfloat16))
+        rest = rest - top
+    return jnp.stack(pieces)
+
+
+def _body(x, packed, table, out, total, *, tiles: Callable[..., list[Array]], bits: int) -> None:
+    """One block: x `[tokens, deep]`, words `[rows, wide]`, the table of its outputs `[..., entries, wide]`."""
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
     result, entries = total[...], table[...]
-    for start in range(0, x.shape[1], deep):
-        tiles = []
-        for row in range(start, start + deep, words.TILE):
-            first, shift = words.place(row, field)
-            tiles.append(look_up(packed[first : first + words.SUBLANES, :], shift, field, entries))
-        result = result + blocks.dot(x[:, start : start + deep], jnp.concatenate(tiles, axis=0))
+    # What one run of words decodes to is a multiple of this.
+    size = DEEP_HALVES if tiles is _tiles_of_halves else DEEP
+    for start in range(0, x.shape[1], size):
+        weights = jnp.concatenate(tiles(packed, start, size, bits, entries), axis=0)
+        result = result + blocks.dot(x[:, start : start + size], weights)
     total[...] = result
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
@@ -134,53 +149,74 @@ def _body(x, packed, table, out, total, *, look_up, field: int, deep: int) -> No
         out[...] = total[...]
 
 
-def _halves(look_up):
-    """A look-up of both halves of words, the lower one first."""
-
-    def both(some: Array, shift: int, field: int, table: Array) -> Array:
-        return jnp.concatenate([look_up(some, shift + half, field, table) for half in (0, 16)], axis=0)
-
-    return both
-
-
-def _gather_halves(some: Array, shift: int, field: int, table: Array) -> Array:
-    """A tile of 16 rows by one gather from 16 rows of bfloat16."""
+def _tiles_of_halves(packed, start: int, size: int, bits: int, table: Array) -> list[Array]:
+    """Tiles of 16 rows, each by one gather from 16 rows of bfloat16; of several pieces, their float32 sum."""
+    field = words.FIELD[bits]
     mask = 2**field - 1
-    codes = words.shifted(some, -shift) & jnp.int32(mask | mask << 16)
-    return _take(table, pltpu.bitcast(codes, jnp.int16))
+    tiles = []
+    for row in range(start, start + size, words.TILE):
+        first, shift = words.place(row, field)
+        some = words.shifted(packed[first : first + words.SUBLANES, :], -shift)
+        codes = pltpu.bitcast(some & jnp.int32(mask | mask << 16), jnp.int16)
+        found = [_take(piece, codes) for piece in table]
+        # The smallest first: sums of neighbours among the pieces are exact.
+        tiles.append(found[0] if len(found) == 1 else sum(piece.astype(jnp.float32) for piece in found[::-1]))
+    return tiles
 
 
-def _gather(some: Array, shift: int, field: int, table: Array) -> Array:
+def _each(look_up: Callable[[Array, tuple[int, ...], Array], Array]) -> Callable[..., list[Array]]:
+    """Tiles of 8 rows from a look-up of codes whose bits lie at given places of words."""
+
+    def tiles(packed, start: int, size: int, bits: int, table: Array) -> list[Array]:
+        every = tpu_words.places(bits)
+        found = []
+        for row in range(start, start + size, words.SUBLANES):
+            run, code = divmod(row // words.SUBLANES, len(every))
+            some = packed[run * words.SUBLANES : (run + 1) * words.SUBLANES, :]
+            found.append(look_up(some, every[code], table))
+        return found
+
+    return tiles
+
+
+def _low(some: Array, places: tuple[int, ...]) -> Array:
+    """The lower bits of codes, up to three."""
+    count = min(len(places), 3)
+    moved = words.shifted(some, -places[0])
+    return moved if places[0] + count == 32 else moved & (2**count - 1)
+
+
+def _gather(some: Array, places: tuple[int, ...], table: Array) -> Array:
     """8 rows of float32, for up to 8 entries."""
-    # A code of 3 bits in 4 is below 8 in any case.
-    return _take(table, words.shifted(some, -shift) & min(2**field - 1, words.SUBLANES - 1))
+    return _take(table, _low(some, places))
 
 
-def _gather_twice(some: Array, shift: int, field: int, table: Array) -> Array:
-    """8 rows of float32, for 9 to 16 entries: from either half of the table."""
-    codes = words.shifted(some, -shift) & (words.SUBLANES - 1)
+def _gather_twice(some: Array, places: tuple[int, ...], table: Array) -> Array:
+    """8 rows of float32, for 16 entries: from either half of the table."""
+    codes = _low(some, places)
     low, high = (_take(part, codes) for part in (table[: words.SUBLANES], table[words.SUBLANES :]))
-    # The highest bit of the code as the sign of the word.
-    return jnp.where(words.shifted(some, 32 - field - shift) < 0, high, low)
+    return jnp.where(_is_set(some, places[3]), high, low)
 
 
-def _gather_pairs(some: Array, shift: int, field: int, table: Array) -> Array:
-    """8 rows of bfloat16 values in float32, for 9 to 16 entries: one gather of words from `_pairs`."""
-    pair = _take(table, words.shifted(some, -shift) & (words.SUBLANES - 1))
-    # Bit 3 of the code, moved to stand for 16.
-    lower = words.shifted(some, 1 - shift) & 16
+def _gather_pairs(some: Array, places: tuple[int, ...], table: Array) -> Array:
+    """8 rows of bfloat16 values in float32, for 16 entries: one gather of words from `_pairs`."""
+    pair = _take(table, _low(some, places))
+    lower = words.shifted(some, 4 - places[3]) & 16
     return jax.lax.bitcast_convert_type(pair << lower, jnp.float32)
 
 
-def _select(some: Array, shift: int, field: int, table: Array) -> Array:
+def _select(some: Array, places: tuple[int, ...], table: Array) -> Array:
     """8 rows of float32 without a gather: one bit of the code after another halves the candidates."""
     candidates = [jnp.broadcast_to(table[row : row + 1, :], some.shape) for row in range(table.shape[0])]
-    bit = 0
-    while len(candidates) > 1:
-        odd = words.shifted(some, 31 - bit - shift) < 0
+    for place in places:
+        odd = _is_set(some, place)
         candidates = [jnp.where(odd, *pair) for pair in zip(candidates[1::2], candidates[::2], strict=True)]
-        bit += 1
     return candidates[0]
+
+
+def _is_set(some: Array, place: int) -> Array:
+    """Whether that bit of each word is set: moved up to be its sign."""
+    return words.shifted(some, 31 - place) < 0
 
 
 def _take(table: Array, rows: Array) -> Array:

@@ -47,13 +47,14 @@ def product(
     packed = codes.dtype == jnp.int32
     per_row = 32 // field if packed else 1
     planes, groups, _ = scale.shape
-    # Scales of one group may wait for the last block, unless there are several sums to wait for them.
-    late = planes == groups == 1
+    # Scales of a single group wait for the last block.
+    late = groups == 1
     group = group if groups > 1 else codes.shape[-2] * per_row
     body = functools.partial(_body, group=group, late=late, field=field if packed else 0)
 
     def scratch(rows: int, wide: int) -> list[Any]:
-        return [pltpu.VMEM((rows, wide), jnp.float32), pltpu.VMEM((rows, words.LANES), jnp.float32)]
+        totals = planes if late else 1
+        return [pltpu.VMEM((totals, rows, wide), jnp.float32), pltpu.VMEM((rows, words.LANES), jnp.float32)]
 
     return blocks.product(body, blocks.precise(x), [(codes, per_row)], [scale, base], scratch)
 
@@ -61,8 +62,8 @@ def product(
 def _body(x, codes, scale, base, out, total, sums, *, group: int, late: bool, field: int) -> None:
     """One block: x `[tokens, deep]`, codes `[planes, rows, wide]`, scale `[planes, groups, wide]`.
 
-    `total` `[tokens, wide]` is the result so far, or if scales are `late` the sum of products without them; `sums`
-    is then, in all its lanes, what the activations add up to.
+    `total` `[1, tokens, wide]` is the result so far, or if scales are `late` `[planes, tokens, wide]`, the sums of
+    products without them; `sums` is then, in all its lanes, what the activations add up to.
     """
     step, deep = pl.program_id(1), x.shape[1]
     size = blocks.chunk(group, deep, DEEP)
@@ -74,34 +75,42 @@ def _body(x, codes, scale, base, out, total, sums, *, group: int, late: bool, fi
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def scaled(part: Array, own: Array, plane: int, row: Any) -> Array:
-        """What `part`, of all or of a group's inputs, adds to the result; `own` are the sums of these inputs."""
-        some = scale[plane, pl.ds(row, 1), :]
-        added = gain * part - bias * own
-        if plane:
-            return some * added
-        rest = base[pl.ds(row, 1), :]
+    def levels(row: Any) -> tuple[list[Array], Array]:
+        """(what sums of products of each plane, what sums of activations of a group are multiplied by)."""
+        rows = [scale[plane, pl.ds(row, 1), :] for plane in range(planes)]
+        level = base[pl.ds(row, 1), :]
         if base.dtype == jnp.int32:
-            return some * (added - rest.astype(jnp.float32) * own)
-        return some * added + rest * own
+            level = -rows[0] * level.astype(jnp.float32)
+        # Single rows are cheap: all that is known before meets them, not the sums of products.
+        return [gain * some for some in rows], level - bias * sum(rows)
 
-    result = total[...]
+    results = [total[plane] for plane in range(total.shape[0])]
     for start in range(0, deep, size):
         some = x[:, start : start + size]
         own = jnp.sum(some.astype(jnp.float32), axis=1, keepdims=True)
+        parts = (blocks.dot(some, _values(codes, plane, start, size, field)) for plane in range(planes))
+        if late:
+            sums[...] += own
+            results = [result + part for result, part in zip(results, parts, strict=True)]
+            continue
         # Not `//`, which asks what device there is, to round negative numbers. What fills up the last block
         # belongs to no group: its activations are zero.
         row = jnp.minimum(jax.lax.div(step * deep + start, group), scale.shape[1] - 1)
-        for plane in range(planes):
-            part = blocks.dot(some, _values(codes, plane, start, size, field))
-            result = result + (part if late else scaled(part, own, plane, row))
-        if late:
-            sums[...] += own
-    total[...] = result
+        factors, level = levels(row)
+        for factor, part in zip(factors, parts, strict=True):
+            results[0] = results[0] + factor * part
+        results[0] = results[0] + level * own
+    for plane, result in enumerate(results):
+        total[plane] = result
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
-        out[...] = scaled(total[...], sums[:, :1], 0, 0) if late else total[...]
+        if not late:
+            out[...] = total[0]
+            return
+        factors, level = levels(0)
+        weighted = (factor * total[plane] for plane, factor in enumerate(factors))
+        out[...] = sum(weighted, level * sums[:, :1])
 
 
 def _values(codes, plane: int, start: int, size: int, field: int) -> Array:

@@ -58,8 +58,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
+    del target  # One layout for all processors.
     codes, scale, zero = parts
     groups = -(-in_size // format.rows_per_group(in_size))
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)

@@ -53,8 +53,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[..., ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array, with the outputs that fill up the last tile."""
+    del target  # The dtype of codes says it.
     packed, scale, zero = parts
     if packed.dtype == jnp.int4:
         codes = (packed.astype(jnp.int8) + 8).astype(jnp.uint8)
