@@ -28,6 +28,7 @@ from jaxq.kernels.bitplane import tpu as bitplane_tpu
 from jaxq.kernels.codebook import native as codebook_native
 from jaxq.kernels.codebook import tpu as codebook_tpu
 from jaxq.kernels.tpu import generations
+from jaxq.kernels.tpu.elsewhere import only_on_tpu
 from jaxq.kernels.uniform import native as uniform_native
 from jaxq.kernels.uniform import tpu as uniform_tpu
 
@@ -120,7 +121,8 @@ class PreparedArray(QuantizedArray):
         many = x.size > self.kernel.TOKENS * self.matrix_shape[0]
         if many or not dispatch.fits(x, self) or (self.target == "cpu" and not native.available(warn=True)):
             return _reference(x, self)
-        return dispatch.on(self.platform, _product, _reference, x, self)
+        implementation = _product if self.target == "cpu" else _tpu_product
+        return dispatch.on(self.platform, implementation, _reference, x, self)
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
@@ -157,6 +159,9 @@ def _product(x: Array, array: PreparedArray) -> Array:
     *tokens, in_size = x.shape
     y = array.kernel.product(x.reshape((-1, in_size)), array)[:, : array.matrix_shape[1]]
     return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
+
+
+_tpu_product = only_on_tpu(_product)
 
 
 def _platform(target: str) -> str:

@@ -22,6 +22,9 @@ TOKENS = 128
 INPUTS = (1024, 512, 256)
 OUTPUTS = (512, 256, 128)
 
+#: Strips of outputs may go to two cores (v4, v5p); sums along the inputs may not.
+SEMANTICS: tuple[str, str] | None = ("parallel", "arbitrary")
+
 
 def precise(x: Float[Array, "tokens in"]) -> Float[Array, "tokens in"]:
     """Activations as the kernels multiply them: bfloat16 in one pass, anything else as float32, exactly."""
@@ -80,7 +83,7 @@ def product(
         out_specs=pl.BlockSpec((rows, wide), lambda n, k: (0, n)),
         out_shape=out,
         scratch_shapes=list(scratch(rows, wide)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS),
         name="jaxq_product",
     )
     return call(*operands)[:tokens]

@@ -1,0 +1,59 @@
+"""Kernels of one platform in programs for several.
+
+A program for several platforms holds every branch of `jax.lax.platform_dependent`, and JAX lowers each of them for
+all platforms, which Pallas refuses. Here a function is lowered for its own platform only; for others, where its
+branch is never taken, zeros stand in for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
+from jaxtyping import Array
+
+
+def only_on_tpu(f: Callable[..., Array]) -> Callable[..., Array]:
+    """`f`, of pytrees of arrays, for the branch `tpu` of a `jax.lax.platform_dependent` and nowhere else."""
+
+    @functools.wraps(f)
+    def bound(*args: Any) -> Array:
+        flat, tree = jax.tree.flatten(args)
+        jaxpr = jax.make_jaxpr(lambda *flat: f(*jax.tree.unflatten(tree, flat)))(*flat)
+        return _kernel.bind(*flat, jaxpr=jaxpr)
+
+    return bound
+
+
+_kernel = Primitive("jaxq_tpu")
+
+
+@_kernel.def_abstract_eval
+def _abstract(*_: Any, jaxpr: Any) -> Any:
+    return jaxpr.out_avals[0]
+
+
+def _batch(args: Any, axes: Any, *, jaxpr: Any) -> tuple[Array, int]:
+    f = jax.vmap(lambda *args: jaxpr_as_fun(jaxpr)(*args)[0], tuple(axes))
+    return _kernel.bind(*args, jaxpr=jax.make_jaxpr(f)(*args)), 0
+
+
+batching.primitive_batchers[_kernel] = _batch
+
+
+def _lowered(*args: Array, jaxpr: Any) -> Array:
+    return jaxpr_as_fun(jaxpr)(*args)[0]
+
+
+def _never_run(*_: Array, jaxpr: Any) -> Array:
+    (result,) = jaxpr.out_avals
+    return jnp.zeros(result.shape, result.dtype)
+
+
+mlir.register_lowering(_kernel, mlir.lower_fun(_lowered, multiple_results=False), platform="tpu")
+mlir.register_lowering(_kernel, mlir.lower_fun(_never_run, multiple_results=False))

@@ -1,0 +1,80 @@
+"""Kernels for TPUs through the real compiler, ahead of time: no TPU is needed, and none runs.
+
+`pip install jaxq[tpu]` brings libtpu. Each compilation is a process of its own, since the compiler may abort one.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tpu_compile import GENERATIONS
+
+from jaxq.formats import BitPlane, Codebook, Uniform
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: jaxq[tpu]"),
+]
+
+PROGRAM = Path(__file__).with_name("tpu_compile.py")
+
+FORMATS = [
+    *(Uniform(bits, 128) for bits in (2, 3, 4)),
+    *(Codebook(bits) for bits in (2, 3, 4)),
+    *(BitPlane(bits, 128) for bits in (2, 3, 4)),
+]
+
+#: In, out, tokens, dtype of activations: odd ones, whole blocks, and as many tokens as kernels take.
+SHAPES = [(1000, 300, 1, "float32"), (4096, 4096, 16, "bfloat16"), (2048, 1024, 128, "bfloat16")]
+
+#: What the compiler's schedule may take for 512 x 512 weights and 16 tokens, in bundles. Measured with libtpu
+#: 0.0.42.1, given with the slack of one release; `None` stands for one group a channel.
+BUNDLES = [
+    ("v5e", Uniform(4, None), 180),
+    ("v6e", Uniform(4, None), 125),
+    ("v5e", Codebook(4, "bfloat16"), 440),
+    ("v6e", Codebook(4, "bfloat16"), 440),
+    ("v5e", BitPlane(3, None), 400),
+    ("v5e", BitPlane(2, None), 255),
+]
+
+
+def compiled(generation, format, width, out, tokens, dtype, folder=None) -> dict:
+    """What tpu_compile.py says; an AssertionError with the compiler's words if it failed."""
+    extra = {"JAXQ_LLO": str(folder)} if folder else {}
+    arguments = [generation, json.dumps(format.to_dict()), *map(str, (width, out, tokens, dtype))]
+    root = str(PROGRAM.parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **extra, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_compiles(generation, format, shape):
+    assert compiled(generation, format, *shape)["calls"]["tpu_custom_call"] == 1
+
+
+@pytest.mark.parametrize(("generation", "format", "most"), BUNDLES, ids=str)
+def test_bundles(generation, format, most, tmp_path):
+    """Of blocks 1024 deep less those of blocks 512 deep, so that what happens once a block does not count."""
+    counts = []
+    for deep, width in ((512, 1536), (1024, 2048)):
+        folder = tmp_path / str(deep)
+        folder.mkdir()
+        found = compiled(generation, format, width, 1024, 16, "bfloat16", folder)["bundles"]
+        (kernel,) = (name for name in found if name.startswith("jaxq_product"))
+        counts.append(found[kernel])
+    assert 0 < counts[1] - counts[0] <= most, counts
