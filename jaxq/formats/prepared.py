@@ -95,7 +95,7 @@ class PreparedArray(QuantizedArray):
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
 
-    def _restored(self) -> list[Array]:
+    def _restored(self) -> Any:
         in_size, out_size = self.matrix_shape
         return [x[..., :out_size] for x in self.kernel.restore(self.format, self.parts, in_size, self.target)]
 

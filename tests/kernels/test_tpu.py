@@ -9,6 +9,8 @@ import pytest
 from arrays import error, exact, normal, random_array
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.errors import JaxqError
@@ -178,6 +180,29 @@ def test_one_program_for_all_platforms():
     # On this machine the reference is what runs.
     y = jax.export.deserialize(exported.serialize()).call(prepared, x)
     assert error(y, exact(x, array)) < 1e-6
+
+
+@pytest.mark.parametrize("format", [Codebook(4), Uniform(4, 64)], ids=str)
+def test_shard_map(format):
+    array, x = random_array(format, 128, 256), jnp.asarray(normal(2, 128))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    prepared = jaxq.prepare(array, "tpu-v6")
+    specs = prepared.partition_specs(P(None, "model"))
+    product = jax.shard_map(lambda q, x: q.matmul(x), mesh=mesh, in_specs=(specs, P()), out_specs=P(None, "model"))
+    assert error(jax.jit(product)(prepared, x), exact(x, array)) < 1e-6
+    exported = jax.export.export(jax.jit(product), platforms=["tpu"])(prepared, x)
+    assert "tpu_custom_call" in exported.mlir_module()
+    with pytest.raises(JaxqError, match="whole tiles of its outputs only"):
+        prepared.partition_specs(P("model"))
+
+
+def test_batched_in_one_program_for_all_platforms():
+    stack, x = random_array(Codebook(3), 2, 64, 40), jnp.asarray(normal(2, 3, 64))
+    prepared = jaxq.prepare(stack, "tpu")
+    run = jax.jit(jax.vmap(lambda q, x: q.matmul(x)))
+    exported = jax.export.export(run, platforms=["cpu", "cuda", "tpu"])(prepared, x)
+    assert exported.mlir_module().count("tpu_custom_call") == 1
+    np.testing.assert_allclose(exported.call(prepared, x), jnp.matmul(x, stack.matrix()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", generations.TARGETS)

@@ -43,10 +43,10 @@ BUNDLES = [
 ]
 
 
-def compiled(generation, format, width, out, tokens, dtype, folder=None) -> dict:
+def compiled(generation, format, width, out, tokens, dtype, over="", folder=None) -> dict:
     """What tpu_compile.py says; an AssertionError with the compiler's words if it failed."""
     extra = {"JAXQ_LLO": str(folder)} if folder else {}
-    arguments = [generation, json.dumps(format.to_dict()), *map(str, (width, out, tokens, dtype))]
+    arguments = [generation, json.dumps(format.to_dict()), *map(str, (width, out, tokens, dtype, over))]
     root = str(PROGRAM.parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -67,6 +67,13 @@ def test_compiles(generation, format, shape):
     assert compiled(generation, format, *shape)["calls"]["tpu_custom_call"] == 1
 
 
+@pytest.mark.parametrize("over", ["vmap", "scan"])
+@pytest.mark.parametrize("format", [Uniform(4, 128), Codebook(4), BitPlane(2, 64)], ids=str)
+@pytest.mark.parametrize("generation", ["v4", "v5e", "v6e"])
+def test_batched_and_in_loops(generation, format, over):
+    assert compiled(generation, format, 512, 256, 4, "bfloat16", over)["calls"]["tpu_custom_call"] == 1
+
+
 @pytest.mark.parametrize(("generation", "format", "most"), BUNDLES, ids=str)
 def test_bundles(generation, format, most, tmp_path):
     """Of blocks 1024 deep less those of blocks 512 deep, so that what happens once a block does not count."""
@@ -74,7 +81,7 @@ def test_bundles(generation, format, most, tmp_path):
     for deep, width in ((512, 1536), (1024, 2048)):
         folder = tmp_path / str(deep)
         folder.mkdir()
-        found = compiled(generation, format, width, 1024, 16, "bfloat16", folder)["bundles"]
+        found = compiled(generation, format, width, 1024, 16, "bfloat16", folder=folder)["bundles"]
         (kernel,) = (name for name in found if name.startswith("jaxq_product"))
         counts.append(found[kernel])
     assert 0 < counts[1] - counts[0] <= most, counts

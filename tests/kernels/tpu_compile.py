@@ -1,6 +1,6 @@
 """Compiles one product for a TPU that is not there: run as a program, since the compiler may abort a process.
 
-    python tpu_compile.py v5e '{"name": "uniform", "bits": 4}' IN OUT TOKENS DTYPE
+    python tpu_compile.py v5e '{"name": "uniform", "bits": 4}' IN OUT TOKENS DTYPE [vmap|scan]
 
 prints as JSON the custom calls in the program and its memory, and with JAXQ_LLO=FOLDER the bundles of the
 instruction schedule of each kernel. Needs the package libtpu; no TPU runs.
@@ -41,7 +41,10 @@ def bundles(folder: Path) -> dict[str, int]:
     return found
 
 
-def main(generation: str, format: str, in_size: str, out_size: str, tokens: str, dtype: str) -> None:
+def main(
+    generation: str, format: str, in_size: str, out_size: str, tokens: str, dtype: str, over: str = ""
+) -> None:
+    """`over`: "vmap" or "scan" for products with each of two matrices."""
     os.environ.update(SETTINGS)
     if folder := os.environ.get("JAXQ_LLO"):
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -55,11 +58,17 @@ def main(generation: str, format: str, in_size: str, out_size: str, tokens: str,
     topology, target = GENERATIONS[generation]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     place = SingleDeviceSharding(devices[0])
-    array = from_dict(json.loads(format)).abstract((int(in_size), int(out_size)))
+    batch = (2,) if over else ()
+    array = from_dict(json.loads(format)).abstract((*batch, int(in_size), int(out_size)))
     prepared = jax.eval_shape(lambda q: jaxq.prepare(q, target), array)
-    x = jax.ShapeDtypeStruct((int(tokens), int(in_size)), dtype)
+    x = jax.ShapeDtypeStruct((*batch, int(tokens), int(in_size)), dtype)
     x, prepared = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place), (x, prepared))
-    compiled = jax.jit(lambda x, q: x @ q).lower(x, prepared).compile()
+    products = {
+        "": lambda x, q: x @ q,
+        "vmap": jax.vmap(lambda x, q: x @ q),
+        "scan": lambda x, q: jax.lax.scan(lambda carry, each: (carry, each[0] @ each[1]), 0, (x, q))[1],
+    }
+    compiled = jax.jit(products[over]).lower(x, prepared).compile()
     calls = collections.Counter(re.findall(r'custom_call_target="(\w+)"', compiled.as_text()))
     memory = compiled.memory_analysis()
     print(json.dumps({
