@@ -68,12 +68,12 @@ def test_products(target, format, width, out, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("group", [64, 128, None])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_random_shapes(bits, group, seed):
     rng = np.random.default_rng(1000 * bits + 10 * (group or 0) + seed)
-    width, out, tokens = int(rng.integers(group or 1, 1500)), int(rng.integers(1, 700)), int(rng.integers(1, 40))
+    width, out, tokens = int(rng.integers(group or 1, 700)), int(rng.integers(1, 300)), int(rng.integers(1, 20))
     target = generations.TARGETS[int(rng.integers(3))]
     for format in (Uniform(bits, group), BitPlane(bits, group), Codebook(bits)):
         array, x = random_array(format, width, out, seed=seed), normal(tokens, width, seed=seed)

@@ -31,16 +31,24 @@ FORMATS = [
 #: In, out, tokens, dtype of activations: odd ones, whole blocks, and as many tokens as kernels take.
 SHAPES = [(1000, 300, 1, "float32"), (4096, 4096, 16, "bfloat16"), (2048, 1024, 128, "bfloat16")]
 
-#: What the compiler's schedule may take for 512 x 512 weights and 16 tokens, in bundles. Measured with libtpu
-#: 0.0.42.1, given with the slack of one release; `None` stands for one group a channel.
+#: Bundles of the compiler's schedule for 512 x 512 weights and 16 tokens: found with libtpu 0.0.42.1, and the
+#: target of issue 5 where there is one. No group stands for one group a channel.
 BUNDLES = [
-    ("v5e", Uniform(4, None), 180),
-    ("v6e", Uniform(4, None), 125),
-    ("v5e", Codebook(4, "bfloat16"), 440),
-    ("v6e", Codebook(4, "bfloat16"), 440),
-    ("v5e", BitPlane(3, None), 400),
-    ("v5e", BitPlane(2, None), 255),
+    ("v6e", Uniform(4, None), 92, 125),
+    ("v6e", Codebook(4, "bfloat16"), 196, 440),
+    ("v7x", Uniform(4, None), 96, None),
+    ("v7x", Codebook(4, "bfloat16"), 204, None),
+    ("v5e", Uniform(4, None), 142, 180),
+    ("v5e", Uniform(4, 128), 163, None),
+    ("v5e", Codebook(4, "bfloat16"), 408, 440),
+    ("v5e", Codebook(3), 250, None),
+    ("v5e", BitPlane(3, None), 398, 400),
+    ("v5e", BitPlane(2, None), 253, 255),
+    ("v5e", BitPlane(3, 128), 412, None),
 ]
+
+#: What another release of the compiler may take more.
+SLACK = 1.05
 
 
 def compiled(generation, format, width, out, tokens, dtype, over="", folder=None) -> dict:
@@ -74,14 +82,14 @@ def test_batched_and_in_loops(generation, format, over):
     assert compiled(generation, format, 512, 256, 4, "bfloat16", over)["calls"]["tpu_custom_call"] == 1
 
 
-@pytest.mark.parametrize(("generation", "format", "most"), BUNDLES, ids=str)
-def test_bundles(generation, format, most, tmp_path):
+@pytest.mark.parametrize(("generation", "format", "found", "target"), BUNDLES, ids=str)
+def test_bundles(generation, format, found, target, tmp_path):
     """Of blocks 1024 deep less those of blocks 512 deep, so that what happens once a block does not count."""
     counts = []
     for deep, width in ((512, 1536), (1024, 2048)):
         folder = tmp_path / str(deep)
         folder.mkdir()
-        found = compiled(generation, format, width, 1024, 16, "bfloat16", folder=folder)["bundles"]
-        (kernel,) = (name for name in found if name.startswith("jaxq_product"))
-        counts.append(found[kernel])
-    assert 0 < counts[1] - counts[0] <= most, counts
+        programs = compiled(generation, format, width, 1024, 16, "bfloat16", folder=folder)["bundles"]
+        (kernel,) = (name for name in programs if name.startswith("jaxq_product"))
+        counts.append(programs[kernel])
+    assert 0 < counts[1] - counts[0] <= min(SLACK * found, target or SLACK * found), counts

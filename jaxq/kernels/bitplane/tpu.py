@@ -1,7 +1,7 @@
 """Bit planes on TPUs, in Pallas: each plane goes through the matrix unit as ones and one-and-a-halfs.
 
-What a plane's bits take of vector instructions would exceed what the matrix unit takes for another pass, so that
-planes are scaled and added after they are multiplied, not before.
+Planes are scaled and added after they are multiplied, not before: another pass through the matrix unit takes less
+than the vector instructions that would add planes up to weights.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from jaxq.kernels.tpu import blocks, integers, words
+from jaxq.kernels.tpu.words import take as take
 
 #: Axes of the planes of one matrix.
 AXES = 3
 TOKENS = blocks.TOKENS
-
-#: Groups are whole multiples of this.
-GROUP = 64
 
 #: Where the bits of a canonical word lie.
 _PLACES = np.arange(32, dtype=np.uint32)[:, None]
@@ -27,11 +25,7 @@ _PLACES = np.arange(32, dtype=np.uint32)[:, None]
 
 def unsupported(array: Any) -> str:
     """Why an array has no product on TPUs; empty if it has one."""
-    if array.format.bits > 4:
-        return "there are 1 to 4 bit planes on TPUs: of more, a dense product costs less"
-    in_size, _ = array.matrix_shape
-    size = array.format.rows_per_group(in_size)
-    return "" if size >= in_size or size % GROUP == 0 else f"groups are not multiples of {GROUP}"
+    return integers.unsupported(array, "there are 1 to 4 bit planes on TPUs")
 
 
 def prepare(array: Any, planes: Array, target: str) -> tuple[Array, ...]:
@@ -49,11 +43,6 @@ def prepare(array: Any, planes: Array, target: str) -> tuple[Array, ...]:
 
     packed = words.pack(words.pad_matrix(bits, in_size, out_size), 1)
     return packed, columns(array.scale), columns(array.offset)
-
-
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[..., ids] for part in parts), 0
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:

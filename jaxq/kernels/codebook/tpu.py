@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.codebook import tpu_words
 from jaxq.kernels.tpu import blocks, generations, words
+from jaxq.kernels.tpu.words import take as take
 
 #: Axes of the codes of one matrix.
 AXES = 2
@@ -47,11 +48,6 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     if target == generations.V6:
         return words.pack(codes, words.FIELD[bits]), table
     return tpu_words.pack(codes, bits), table
-
-
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[..., ids] for part in parts), 0
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array]:
@@ -137,7 +133,6 @@ def _body(x, packed, table, out, total, *, tiles: Callable[..., list[Array]], bi
         total[...] = jnp.zeros_like(total)
 
     result, entries = total[...], table[...]
-    # What one run of words decodes to is a multiple of this.
     size = DEEP_HALVES if tiles is _tiles_of_halves else DEEP
     for start in range(0, x.shape[1], size):
         weights = jnp.concatenate(tiles(packed, start, size, bits, entries), axis=0)

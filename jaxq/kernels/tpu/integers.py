@@ -25,6 +25,18 @@ FRACTION = 7
 #: Inputs in one product of the matrix unit, where no group ends before.
 DEEP = 256
 
+#: Groups are whole multiples of this.
+GROUP = 64
+
+
+def unsupported(array: Any, more_bits: str) -> str:
+    """Why an array has no product here; empty if it has one. `more_bits` is what to say of more than 4."""
+    if array.format.bits > 4:
+        return more_bits
+    in_size, _ = array.matrix_shape
+    size = array.format.rows_per_group(in_size)
+    return "" if size >= in_size or size % GROUP == 0 else f"groups are not multiples of {GROUP}"
+
 
 def product(
     x: Float[Array, "tokens in"],

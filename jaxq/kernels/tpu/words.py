@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Array, Int32, Integer, UInt8
 
 #: Rows of words in a register, and of bfloat16 numbers.
 SUBLANES = 8
 TILE = 2 * SUBLANES
 LANES = 128
 
-#: Bits of a code: bits that it takes. Joining 3 of 2 + 1 costs more instructions than reading a fourth bit takes
-#: time, by the compiler's schedules for v5e.
+#: Bits of a code: bits that it takes. To join 3 of 2 + 1 would double the instructions that decode a uniform code.
 FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
 
 
@@ -31,6 +30,11 @@ def pad_matrix(x: Array, rows: int, columns: int) -> Array:
     """`(batch..., in, out)` with zeros behind, up to `(batch..., rows, columns)`."""
     padding = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])]
     return jnp.pad(x, padding)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[..., ids] for part in parts), 0
 
 
 def pack(codes: UInt8[Array, "*batch in out"], field: int) -> Int32[Array, "*batch words out"]:

@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from jaxq.kernels.tpu import blocks, generations, integers, words
+from jaxq.kernels.tpu.words import take as take
 
 #: Axes of the codes of one matrix.
 AXES = 2
 TOKENS = blocks.TOKENS
 
-#: Groups are whole multiples of this.
-GROUP = 64
-
 
 def unsupported(array: Any) -> str:
     """Why an array has no product on TPUs; empty if it has one."""
-    if array.format.bits > 4:
-        return "uniform grids on TPUs have 1 to 4 bits"
-    in_size, _ = array.matrix_shape
-    size = array.format.rows_per_group(in_size)
-    return "" if size >= in_size or size % GROUP == 0 else f"groups are not multiples of {GROUP}"
+    return integers.unsupported(array, "uniform grids on TPUs have 1 to 4 bits")
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
@@ -46,11 +40,6 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
         return words.pad_matrix(x, x.shape[-2], out_size)
 
     return packed, columns(array.scale.astype(jnp.float32)), columns(array.zero_point().astype(jnp.int32))
-
-
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[..., ids] for part in parts), 0
 
 
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
