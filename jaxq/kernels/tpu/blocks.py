@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxq.kernels.dispatch import axes_of, vary_as
 from jaxq.kernels.tpu import words
 
-#: Tokens up to which kernels run. By the peak rates of a v5e, reading a dense weight bounds a product up to some 240.
+#: Tokens up to which kernels run: by the peak rates of a v5e, reading a dense weight bounds up to some 240.
 TOKENS = 128
 
 #: Inputs and outputs in a block, the first that divides the size.
