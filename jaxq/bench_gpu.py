@@ -30,11 +30,12 @@ ROTATED = 160 * 10**6
 
 #: Candidates for products row by row. A lane reads 16 bytes at a time if there are 128 words for each warp.
 ROWS = tuple(
-    Settings(rows, words, warps, unroll)
-    for words, warps in ((256, 2), (128, 1), (512, 4), (256, 1))
+    Settings(rows, words, warps, unroll, stages=stages)
+    for words, warps in ((128, 1), (256, 2))
     for rows in (2, 1, 4)
     for unroll in (1, 2)
-)
+    for stages in (2, 1)
+) + tuple(Settings(rows, 256, 1, 2) for rows in (1, 2))
 
 #: Candidates for tiles on tensor cores.
 TILES = tuple(
@@ -114,7 +115,7 @@ def error_of(y: Array, expected: np.ndarray) -> float:
 
 def candidates(tokens: int, exact: bool) -> tuple[Settings, ...]:
     """What to try for so many tokens."""
-    return ROWS if exact or tokens <= dispatch.ROW_TOKENS else TILES
+    return ROWS if dispatch.by_rows(tokens, exact) else TILES
 
 
 def search(
@@ -183,7 +184,7 @@ def tune(
         for format in formats:
             array = random_array(format, *shape)
             for tokens in batches:
-                if not dispatch.few_enough(tokens, exact=False):
+                if not 1 <= tokens <= dispatch.most_tokens(exact=False):
                     continue
                 order = search(array, tokens, False, candidates(tokens, exact=False))
                 if order:

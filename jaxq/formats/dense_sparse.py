@@ -21,6 +21,7 @@ from jaxq.formats.base import Format, Layout, QuantizedArray, from_dict, quantiz
 from jaxq.formats.placement import canonical_spec
 from jaxq.kernels import dispatch
 from jaxq.kernels import sparse as kernel
+from jaxq.kernels.elsewhere import only_on
 from jaxq.largest import largest
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32")
@@ -146,7 +147,7 @@ class DenseSparseArray(QuantizedArray):
         # Of a base in kernel order, which knows whether it can take the overlay along.
         fuses = getattr(self.base, "fuses", None)
         if fuses is not None and fuses(x, self.rows.shape[-1]):
-            return dispatch.on_platform("cuda", _fused, _apart, x, self)
+            return dispatch.on("cuda", _fused, _apart, x, self)
         return _apart(x, self)
 
     def _apart(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
@@ -180,6 +181,7 @@ class DenseSparseArray(QuantizedArray):
         )
 
 
+@functools.partial(only_on, "cuda")
 def _fused(x: Array, array: DenseSparseArray) -> Array:
     base: Any = array.base
     return base.fused(x, array.overlay)

@@ -24,25 +24,35 @@ from jaxq.formats.rounded_input import RoundedInputArray
 from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
 from jaxq.kernels.bitplane import gpu as bitplane_gpu
-from jaxq.kernels.bitplane import native as bitplane_kernel
+from jaxq.kernels.bitplane import native as bitplane_native
+from jaxq.kernels.bitplane import tpu as bitplane_tpu
 from jaxq.kernels.codebook import gpu as codebook_gpu
-from jaxq.kernels.codebook import native as codebook_kernel
+from jaxq.kernels.codebook import native as codebook_native
+from jaxq.kernels.codebook import tpu as codebook_tpu
+from jaxq.kernels.elsewhere import only_on
 from jaxq.kernels.gpu import run as gpu
+from jaxq.kernels.tpu import generations
 from jaxq.kernels.uniform import gpu as uniform_gpu
-from jaxq.kernels.uniform import native as uniform_kernel
+from jaxq.kernels.uniform import native as uniform_native
+from jaxq.kernels.uniform import tpu as uniform_tpu
 
-#: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
-TOKENS = 512
+TARGETS = ("cpu", "gpu", "tpu", *generations.TARGETS)
 
-#: Bytes that stand for an activation: in integer products on CPUs; in products of floats on GPUs.
-DIGITS = {"cpu": {"float32": 3, "int16": 2, "int8": 1}, "gpu": {"float32": 4, "float16": 2}}
+#: For each kind of device the bytes that stand for an activation: on CPUs in integer products, on GPUs in sums.
+DIGITS = {
+    "cpu": {"float32": 3, "int16": 2, "int8": 1},
+    "gpu": {"float32": gpu.EXACT_DIGITS, "float16": 2},
+    "tpu": {"float32": 4},
+}
 
-#: A sparse overlay goes into the same pass over the weight up to this fraction of it.
+#: A sparse overlay goes into the same pass over the weight up to this fraction of it, on GPUs.
 FUSED = 0.01
 
+#: For each kind of device, what lays out and multiplies the arrays of a format.
 KERNELS: dict[str, dict[type, ModuleType]] = {
-    "cpu": {Uniform: uniform_kernel, Codebook: codebook_kernel, BitPlane: bitplane_kernel},
+    "cpu": {Uniform: uniform_native, Codebook: codebook_native, BitPlane: bitplane_native},
     "gpu": {Uniform: uniform_gpu, Codebook: codebook_gpu, BitPlane: bitplane_gpu},
+    "tpu": {Uniform: uniform_tpu, Codebook: codebook_tpu, BitPlane: bitplane_tpu},
 }
 
 
@@ -51,9 +61,10 @@ KERNELS: dict[str, dict[type, ModuleType]] = {
 class PreparedArray(QuantizedArray):
     """A quantized tensor laid out for the kernels of one target. `restore` gives the canonical array, bit by bit.
 
-    `parts` are the arrays of the kernel (see `kernels/*/native.py` and `gpu.py`), the batch axes leading; floating
-    ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last block;
-    `digits` are the bytes that stand for an activation (see `DIGITS`).
+    `parts` are the arrays of the kernel (see `kernels/*/native.py`, `gpu.py`, `tpu.py`), the batch axes leading;
+    floating ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last
+    block; `digits` are the bytes that stand for an activation (see `DIGITS`); `target` is "cpu", "gpu" or a
+    generation of TPUs.
     """
 
     parts: tuple[Array, ...]
@@ -63,16 +74,20 @@ class PreparedArray(QuantizedArray):
     in_pad: int = dataclasses.field(metadata={"static": True})
     out_pad: int = dataclasses.field(metadata={"static": True})
     digits: int = dataclasses.field(metadata={"static": True})
-    target: str = dataclasses.field(default="cpu", metadata={"static": True})
+    target: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def device(self) -> str:
+        """The kind of device of `target`, a key of `KERNELS`."""
+        return _device(self.target)
 
     @property
     def kernel(self) -> Any:
-        return KERNELS[self.target][type(self.format)]
+        return KERNELS[self.device][type(self.format)]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        trailing = 4 if self.kernel is bitplane_kernel else 2
-        return tuple(self.parts[0].shape[:-trailing])
+        return tuple(self.parts[0].shape[: -self.kernel.AXES])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -81,22 +96,22 @@ class PreparedArray(QuantizedArray):
 
     def restore(self) -> QuantizedArray:
         """The array in canonical packing."""
-        in_size, out_size = self.matrix_shape
+        in_size, _ = self.matrix_shape
         restored = self._restored()
         some = {"format": self.format, "layout": self.layout, "dtype": self.dtype_name}
         if isinstance(self.format, Uniform):
             return uniform.assemble(*restored, **some)
         if isinstance(self.format, Codebook):
             return codebook.assemble(*restored, **some)
-        if self.target == "gpu":
-            codes, scale, offset = restored
-            return bitplane.assemble(codes, scale, offset, **some)
-        planes, scale, offset = (x[..., :out_size] for x in restored)
+        if self.device == "gpu":
+            return bitplane.assemble(*restored, **some)
+        planes, scale, offset = restored
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
         return BitPlaneArray(planes, scale, offset, self.format, self.layout, self.dtype_name, pad)
 
     def _restored(self) -> Any:
-        return self.kernel.restore(self.format, self.parts, self.matrix_shape[0])
+        in_size, out_size = self.matrix_shape
+        return [x[..., :out_size] for x in self.kernel.restore(self.format, self.parts, in_size, self.target)]
 
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         # Codes that are packed only to be unpacked would take longer than all the rest.
@@ -105,7 +120,7 @@ class PreparedArray(QuantizedArray):
             values = uniform.values_of(codes, scale, zero, self.format)
         elif isinstance(self.format, Codebook):
             values = codebook.lookup(*self._restored())
-        elif self.target == "gpu":
+        elif self.device == "gpu":
             codes, scale, offset = self._restored()
             values = bitplane.values_of(codes, scale, offset, self.format)
         else:
@@ -116,30 +131,31 @@ class PreparedArray(QuantizedArray):
         """`x @ matrix` by the kernel, in the dtype of `x`.
 
         The weight becomes dense instead in programs for other platforms, for many tokens, for float64, on explicit
-        mesh axes, and, with a warning, where the kernels cannot run: an array that another machine prepared.
+        mesh axes, and, with a warning, where the kernels of CPUs cannot run: an array that another machine
+        prepared.
         """
         x = jnp.asarray(x)
-        if self.target == "gpu":
-            tokens = x.size // self.matrix_shape[0]
-            if not gpu.few_enough(tokens, self.exact) or not dispatch.fits(x, self):
-                return _reference(x, self)
-            return dispatch.on_platform("cuda", _gpu_product, _reference, x, self)
-        many = x.size > TOKENS * self.matrix_shape[0]
-        if many or not dispatch.fits(x, self) or not native.available(warn=True):
+        if not self._takes(x) or (self.device == "cpu" and not native.available(warn=True)):
             return _reference(x, self)
-        return dispatch.on_cpu(_product, _reference, x, self)
+        platform, implementation = _PRODUCTS[self.device]
+        return dispatch.on(platform, implementation, _reference, x, self)
+
+    def _takes(self, x: Float[Array, "*tokens in"]) -> bool:
+        """Whether the kernel multiplies `x`: few enough tokens, and what every implementation needs."""
+        tokens = x.size // max(self.matrix_shape[0], 1)
+        most = gpu.most_tokens(self.exact) if self.device == "gpu" else self.kernel.TOKENS
+        return tokens <= most and dispatch.fits(x, self)
 
     @property
     def exact(self) -> bool:
         """Whether a GPU sums in float32."""
-        return self.digits == DIGITS["gpu"]["float32"]
+        return self.digits == gpu.EXACT_DIGITS
 
     def fuses(self, x: Float[Array, "*tokens in"], entries: int) -> bool:
         """Whether the kernel adds a sparse overlay of so many entries in the same pass."""
         in_size, out_size = self.matrix_shape
-        tokens = x.size // in_size
-        some = gpu.few_enough(tokens, self.exact) and (self.exact or tokens <= gpu.ROW_TOKENS)
-        return self.target == "gpu" and some and entries <= FUSED * in_size * out_size and dispatch.fits(x, self)
+        by_rows = self.device == "gpu" and gpu.by_rows(x.size // max(in_size, 1), self.exact)
+        return by_rows and entries <= FUSED * in_size * out_size and self._takes(x)
 
     def fused(
         self, x: Float[Array, "*tokens in"], overlay: tuple[Array, Array, Array, Array]
@@ -164,7 +180,13 @@ class PreparedArray(QuantizedArray):
         if rows is not None or self.out_pad:
             raise JaxqError("a prepared array is sharded along whole tiles of its outputs only; "
                             "shard the canonical array and prepare its shards")  # fmt: skip
-        parts = tuple(PartitionSpec(*batch, columns, *[None] * (x.ndim - len(batch) - 1)) for x in self.parts)
+
+        def of(part: Array) -> PartitionSpec:
+            others = [None] * (part.ndim - len(batch) - 1)
+            # Outputs come first for CPUs and GPUs, last for TPUs.
+            return PartitionSpec(*batch, *((*others, columns) if self.device == "tpu" else (columns, *others)))
+
+        parts = tuple(of(part) for part in self.parts)
         return dataclasses.replace(self, parts=parts)
 
 
@@ -174,7 +196,7 @@ def _reference(x: Array, array: PreparedArray) -> Array:
 
 def _product(x: Array, array: PreparedArray) -> Array:
     *tokens, in_size = x.shape
-    y = array.kernel.product(x.reshape((-1, in_size)).astype(jnp.float32), array)
+    y = array.kernel.product(x.reshape((-1, in_size)), array)[:, : array.matrix_shape[1]]
     return y.astype(x.dtype).reshape((*tokens, y.shape[-1]))
 
 
@@ -183,6 +205,18 @@ def _gpu_product(x: Array, array: PreparedArray, overlay: tuple[Array, ...] = ()
     options = {"exact": array.exact, "overlay": overlay, "dtype": x.dtype}
     y = array.kernel.product(x.reshape((-1, in_size)), array, **options)
     return y.reshape((*tokens, y.shape[-1]))
+
+
+#: For each kind of device its platform, as JAX names it, and the product.
+_PRODUCTS: dict[str, tuple[str, dispatch.Implementation]] = {
+    "cpu": ("cpu", _product),
+    "gpu": ("cuda", only_on("cuda", _gpu_product)),
+    "tpu": ("tpu", only_on("tpu", _product)),
+}
+
+
+def _device(target: str) -> str:
+    return target.partition("-")[0]
 
 
 def prepare(
@@ -196,8 +230,10 @@ def prepare(
 
     Args:
         tree: parameters, of which some leaves are quantized; or one quantized array.
-        target: "cpu", or "gpu" for those of Nvidia. Where the kernels of CPUs cannot run (no C++ compiler, another
-            processor) leaves stay as they are, with one warning; laying out for a GPU needs none.
+        target: "cpu": where its kernels cannot run (no C++ compiler, another processor) leaves stay as they are,
+            with one warning. "gpu" (of Nvidia), "tpu-v4", "tpu-v5" (v5e, v5p) or "tpu-v6" (v6e, v7x): kernels in
+            Pallas, whose layouts can be made anywhere. "tpu": the generation of this process's TPU;
+            without one "tpu-v5", which later ones run too.
         activations: what the other operand may be rounded to. "float32": nothing, products are as exact as float32
             sums. On CPUs also "int16" or "int8", for uniform grids and bit planes: integers with a unit for each
             group of inputs. On GPUs also "float16", in which the products of a word are then summed too: errors
@@ -206,17 +242,20 @@ def prepare(
 
     Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.
     """
-    if target not in KERNELS:
-        raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(KERNELS)}")
-    if activations not in DIGITS[target]:
-        raise JaxqError(f"activations cannot be {activations!r}; use {', '.join(DIGITS[target])}")
-    runs = target != "cpu" or native.available(warn=True)
-    missing = "" if runs else f"no native CPU kernel: {native.reason()}"
+    if target not in TARGETS:
+        raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(TARGETS)}")
+    digits = DIGITS[_device(target)]
+    if activations not in digits:
+        raise JaxqError(f"activations for {target} cannot be {activations!r}; use {', '.join(digits)}")
+    if target == "tpu":
+        target = generations.of_this_process()
+    lacking = target == "cpu" and not native.available(warn=True)
+    missing = f"no native CPU kernel: {native.reason()}" if lacking else ""
 
     def one(path: Any, leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, DIGITS[target][activations])
+        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, digits[activations])
         if why and on_fallback is not None:
             on_fallback(jax.tree_util.keystr(path, simple=True, separator="/"), why)
         return prepared
@@ -244,32 +283,31 @@ def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
     if isinstance(leaf, PreparedArray):
         if leaf.target == target:
             return dataclasses.replace(leaf, digits=digits), ""
-        leaf = leaf.restore()
+        return _prepare(leaf.restore(), target, digits)
     if isinstance(leaf, DenseSparseArray):
         base, why = _prepare(leaf.base, target, digits)
         return dataclasses.replace(leaf, base=base), why
     if isinstance(leaf, RoundedInputArray):
-        weight, why = (
-            _prepare(leaf.weight, target, digits) if is_quantized(leaf.weight) else (leaf.weight, "it is dense")
-        )
+        if not is_quantized(leaf.weight):
+            return leaf, "it is dense"
+        weight, why = _prepare(leaf.weight, target, digits)
         return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
-    kernel: Any = KERNELS[target][type(leaf.format)]
+    kernel: Any = KERNELS[_device(target)][type(leaf.format)]
     if why := kernel.unsupported(leaf):
         return leaf, why
     in_size, out_size = leaf.matrix_shape
     parts = _lay_out(leaf, target)
     room = kernel.sizes(leaf.format, parts)
     pads = {"in_pad": room[0] - in_size, "out_pad": room[1] - out_size}
-    return PreparedArray(
-        parts, leaf.format, leaf.layout, leaf.dtype_name, **pads, digits=digits, target=target
-    ), ""
+    some = {**pads, "digits": digits, "target": target}
+    return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **some), ""
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _lay_out(leaf: Any, target: str) -> tuple[Array, ...]:
-    kernel: Any = KERNELS[target][type(leaf.format)]
+    kernel: Any = KERNELS[_device(target)][type(leaf.format)]
     if isinstance(leaf, BitPlaneArray):
-        return kernel.prepare(leaf, leaf.codes() if target == "gpu" else leaf.planes)
-    return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]))
+        return kernel.prepare(leaf, leaf.codes() if target == "gpu" else leaf.planes, target)
+    return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]), target)

@@ -55,14 +55,7 @@ def _derivative(implementation: Implementation, reference: Implementation, prima
     return y, along(leaves, [changes[place] for place in moving]) if moving else jnp.zeros_like(y)
 
 
-def on_cpu(
-    implementation: Implementation, reference: Implementation, x: Float[Array, "*tokens in"], array: Any
-) -> Float[Array, "*tokens out"]:
-    """`implementation` where the program is lowered for CPUs, `reference` elsewhere, in one program."""
-    return on_platform("cpu", implementation, reference, x, array)
-
-
-def on_platform(
+def on(
     platform: str,
     implementation: Implementation,
     reference: Implementation,
@@ -81,6 +74,22 @@ def on_platform(
         return jax.lax.platform_dependent(x, array, default=precise, **{platform: implementation})
 
     return product(choose, precise, x, array)
+
+
+on_cpu = functools.partial(on, "cpu")
+
+
+def axes_of(x: Array) -> Any:
+    """How `x` varies over the manual axes of a `jax.shard_map`; None where JAX does not say."""
+    return getattr(jax.typeof(x), "manual_axis_type", None)
+
+
+def vary_as(y: Array, *operands: Array) -> Array:
+    """`y`, said to vary over every manual axis of a `jax.shard_map` that an operand varies over."""
+    every = {axis for kind in map(axes_of, operands) if kind is not None for axis in kind.varying}
+    kind = axes_of(y)
+    missing = sorted(every - set(kind.varying if kind is not None else ()))
+    return jax.lax.pcast(y, tuple(missing), to="varying") if missing else y
 
 
 def fits(x: Array, array: Any) -> bool:

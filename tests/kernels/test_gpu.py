@@ -46,15 +46,15 @@ def interpreted(x, prepared, settings, **options):
 def in_kernel(monkeypatch):
     """Products on this machine take the kernels of GPUs, interpreted."""
 
-    def on_platform(platform, implementation, reference, x, array):
+    def on(platform, implementation, reference, x, array):
         assert platform == "cuda"
-        return dispatch.product(implementation, reference, x, array)
+        return dispatch.product(implementation.__wrapped__, reference, x, array)
 
     from jaxq.kernels.gpu import run
 
     own = run.product_of
     for module in (jaxq.formats.prepared, jaxq.formats.dense_sparse):
-        monkeypatch.setattr(module.dispatch, "on_platform", on_platform)
+        monkeypatch.setattr(module.dispatch, "on", on)
     for kernel in jaxq.formats.prepared.KERNELS["gpu"].values():
         monkeypatch.setattr(kernel, "product_of", lambda *a, **k: own(*a, **k, interpret=True))
     monkeypatch.setattr(run, "ROWS", ROWS)

@@ -248,7 +248,7 @@ def test_bad_settings_are_named():
     array = random_array(Codebook(4), 32, 4)
     for call, words in [
         (lambda: jaxq.prepare(array, "abacus"), "no kernels for 'abacus'"),
-        (lambda: jaxq.prepare(array, activations="int4"), "activations cannot be 'int4'"),
+        (lambda: jaxq.prepare(array, activations="int4"), "activations for cpu cannot be 'int4'"),
         (lambda: native.configure(instruction_set="sse9"), "cannot run native products"),
         (lambda: native.configure(threads=-1), "cannot run native products"),
     ]:

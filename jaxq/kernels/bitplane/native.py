@@ -23,6 +23,12 @@ TILE = 64
 #: Tokens up to which tables are faster than decoding, by bytes of a sum.
 TABLE_TOKENS = {1: 24, 2: 16, 3: 10}
 
+#: Axes of the first part of one matrix.
+AXES = 4
+
+#: Tokens up to which products are faster than XLA's with a dense weight, decoded for it.
+TOKENS = lines.TOKENS
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no native product; empty if it has one."""
@@ -31,11 +37,12 @@ def unsupported(array: Any) -> str:
     return "" if size >= in_size or size % 8 == 0 else "groups are not multiples of 8"
 
 
-def prepare(array: Any, words: Array) -> tuple[Array, ...]:
+def prepare(array: Any, words: Array, target: str) -> tuple[Array, ...]:
     """Planes `(batch..., tiles, bits, bytes, 64)`; scales, then offsets `(batch..., tiles, groups, bits + 1, 64)`.
 
     A tile is 64 outputs, a byte eight inputs.
     """
+    del target  # One layout for all processors.
     in_size, out_size = array.matrix_shape
     tiles, pairs = -(-out_size // TILE), -(-in_size // 8)
     # A word holds 32 inputs of a column: four bytes of eight inputs.
@@ -64,8 +71,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(some(part) for part in parts), out_pad
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(words of planes, scales, offsets) of the canonical array, with the outputs that fill up the last tile."""
+    del target  # One layout for all processors.
 
     def whole(x: Array) -> Array:
         x = jnp.moveaxis(x, -4, -2)

@@ -10,10 +10,13 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
-from jaxq.kernels.gpu.lanes import look_up, tables
+from jaxq.kernels.gpu.lanes import Instructions, look_up, tables
 from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.run import product_of
 from jaxq.kernels.gpu.words import Order
+
+#: Axes of the words of one matrix.
+AXES = 2
 
 
 def unsupported(array: Any) -> str:
@@ -27,8 +30,9 @@ def _order(format: Any) -> Order:
     return words.order_for(format.bits, None, spread=False)
 
 
-def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """(words by rows `(batch..., out, words)`, tables by rows `(batch..., out, 2^bits)`)."""
+    del target  # One layout for all GPUs.
     return words.pack(codes, _order(array.format)), jnp.swapaxes(array.table, -1, -2)
 
 
@@ -37,8 +41,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array]:
     """(codes, tables) of the canonical array."""
+    del target  # One layout for all GPUs.
     rows, table = parts
     return words.unpack(rows, _order(format), in_size), jnp.swapaxes(table, -1, -2)
 
@@ -74,11 +79,16 @@ class Tables:
         (entries,) = tile.refs
         return tables(tile.instructions, [load(entries.at[tile.rows * count + entry]) for entry in range(count)])
 
-    def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
+    def read(self, tile: Tile) -> None:
+        del tile  # A table is that of a whole output.
+
+    def decode(
+        self, instructions: Instructions, state: Any, own: None, planes: list[Array]
+    ) -> list[tuple[list[Array], Array | None]]:
         found: list[tuple[list[Array], Array | None]] = []
         for member in words.nibbles(planes, self.order):
-            found.append(([pair for some in member for pair in look_up(tile.instructions, some, state)], None))
+            found.append(([pair for some in member for pair in look_up(instructions, some, state)], None))
         return found
 
-    def exact(self, state: Any, planes: list[Array], tile: Tile) -> list[Any]:
-        return pairs_exactly(self, state, planes, tile)
+    def exact(self, instructions: Instructions, state: Any, own: None, planes: list[Array]) -> list[Any]:
+        return pairs_exactly(self, instructions, state, own, planes)

@@ -13,14 +13,21 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.native import call, lines
 
+#: Axes of the first part of one matrix.
+AXES = 2
+
+#: Tokens up to which products are faster than XLA's with a dense weight, decoded for it.
+TOKENS = lines.TOKENS
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no native product; empty if it has one."""
     return "" if array.format.bits <= 4 else "native look-up tables have 1 to 4 bits"
 
 
-def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """(codes by rows `(batch..., out, bytes)`, tables by rows `(batch..., out, 2^bits)`)."""
+    del target  # One layout for all processors.
     return lines.pack(codes, array.format.bits), jnp.swapaxes(array.table, -1, -2)
 
 
@@ -29,8 +36,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array]:
     """(codes, tables) of the canonical array."""
+    del target  # One layout for all processors.
     rows, table = parts
     return lines.unpack(rows, format.bits, in_size), jnp.swapaxes(table, -1, -2)
 

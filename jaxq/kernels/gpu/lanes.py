@@ -33,10 +33,11 @@ class Emulated:
 
     def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
         low, high, selector = jnp.broadcast_arrays(low, high, jnp.asarray(selector, jnp.uint32))
-        several = jnp.concatenate([jax.lax.bitcast_convert_type(word, jnp.uint8) for word in (low, high)], axis=-1)
+        # Shifts, not casts to bytes and back: XLA on CPUs (jaxlib 0.10.2) joins two casts to a wrong one.
+        bytes_of = [(word[..., None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)) & 0xFF for word in (low, high)]
+        several = jnp.concatenate(bytes_of, axis=-1)
         places = (selector[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.uint32)) & 7
-        found = jnp.take_along_axis(several, places.astype(jnp.int32), axis=-1).astype(jnp.uint32)
-        # Added up, not taken as one word: XLA on CPUs (jaxlib 0.10.2) joins two such casts to a wrong one.
+        found = jnp.take_along_axis(several, places.astype(jnp.int32), axis=-1)
         return jnp.sum(found << jnp.arange(0, 32, 8, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
     def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxq.kernels.dispatch import axes_of, vary_as
 from jaxq.kernels.gpu.lanes import Emulated, Hardware, Instructions, halves, pair, parts
 from jaxq.kernels.gpu.words import Order
 
@@ -43,7 +44,8 @@ class Settings:
         warps: warps of a program.
         unroll: such reads that are under way together.
         split: parts that the inputs are cut into, whose sums are added afterwards; for tiles only.
-        stages: reads of a loop that the compiler keeps under way, in shared memory; for tiles only.
+        stages: steps whose reads are under way together: row by row 1, or 2 in registers; for tiles as many as
+            the compiler shall keep in shared memory.
     """
 
     rows: int
@@ -80,15 +82,21 @@ class Decoder(Protocol):
         ...
 
     def begin(self, tile: Tile) -> Any:
-        """What is read once for the outputs of a program; `tile.blocks` means nothing yet."""
+        """What is made once for the outputs of a program; `tile.blocks` means nothing yet."""
         ...
 
-    def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
+    def read(self, tile: Tile) -> Any:
+        """What the groups of these blocks have of their own, as it lies in memory: nothing is computed yet."""
+        ...
+
+    def decode(
+        self, instructions: Instructions, state: Any, own: Any, planes: list[Array]
+    ) -> list[tuple[list[Array], Array | None]]:
         """For each member of a block: its pairs, and what to multiply their sums by (float32), if anything."""
         ...
 
     def exact(
-        self, state: Any, planes: list[Array], tile: Tile
+        self, instructions: Instructions, state: Any, own: Any, planes: list[Array]
     ) -> list[tuple[list[tuple[Array, Array]], Array | None]]:
         """The same with both halves of each pair in float32, not rounded to 16 bits."""
         ...
@@ -104,9 +112,11 @@ class Weight:
     overlay: tuple[Array, ...] = ()
 
 
-def pairs_exactly(decoder: Any, state: Any, planes: list[Array], tile: Tile) -> list[Any]:
+def pairs_exactly(
+    decoder: Any, instructions: Instructions, state: Any, own: Any, planes: list[Array]
+) -> list[Any]:
     """`Decoder.exact` of a decoder whose pairs are exact."""
-    decoded = decoder.decode(state, planes, tile)
+    decoded = decoder.decode(instructions, state, own, planes)
     return [([halves(p, decoder.kind) for p in pairs], scale) for pairs, scale in decoded]
 
 
@@ -151,9 +161,16 @@ def matvec(
             # Past the end the last block is read again: its inputs count as zero.
             return Tile(instructions, extra, n, jnp.minimum(b, blocks - 1) if ragged else b)
 
-        def read(n: Array, chunk: Any) -> list[Array]:
-            at = n * row_words + tile(n, chunk).blocks * order.block_words + places
-            return [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
+        def read(index: Any) -> Any:
+            """For each chunk of a step and each output (its words, what its groups have)."""
+
+            def one(n: Array, chunk: Any) -> Any:
+                some_tile = tile(n, chunk)
+                at = n * row_words + some_tile.blocks * order.block_words + places
+                planes = [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
+                return planes, decoder.read(some_tile)
+
+            return [[one(n, index * unroll + part) for n in ns] for part in range(unroll)]
 
         def inputs_of(token: int, chunk: Any) -> list[list[Any]]:
             """For each member of a block its pairs of inputs."""
@@ -168,22 +185,35 @@ def matvec(
 
         states = [decoder.begin(tile(n, 0)) for n in ns]
 
-        def step(index: Any, sums: Any) -> Any:
+        def added(index: Any, weights: Any, sums: Any) -> Any:
             chunks = [index * unroll + part for part in range(unroll)]
-            # All reads before any arithmetic: they are what a program waits for.
-            planes = [[read(n, chunk) for n in ns] for chunk in chunks]
             xs = [[inputs_of(token, chunk) for chunk in chunks] for token in range(tokens)]
+            decode = decoder.exact if exact else decoder.decode
             result = []
-            for row, (n, state) in enumerate(zip(ns, states, strict=True)):
-                decode = decoder.exact if exact else decoder.decode
-                parts = [decode(state, planes[c][row], tile(n, chunk)) for c, chunk in enumerate(chunks)]
+            for row, state in enumerate(states):
+                parts = [
+                    decode(instructions, state, own, planes) for planes, own in (some[row] for some in weights)
+                ]
                 result.append(
                     tuple(_accumulated(instructions, sums[row][t], parts, xs[t], exact) for t in range(tokens))
                 )
             return tuple(result)
 
-        start = tuple(tuple(jnp.zeros(shape, jnp.float32) for _ in range(tokens)) for _ in range(rows))
-        sums = lax.fori_loop(0, steps, step, start)
+        def step(index: Any, sums: Any) -> Any:
+            # All reads before any arithmetic: they are what a program waits for.
+            return added(index, read(index), sums)
+
+        def step_ahead(index: Any, carried: Any) -> Any:
+            weights, sums = carried
+            following = read(index + 1)
+            return following, added(index, weights, sums)
+
+        sums = tuple(tuple(jnp.zeros(shape, jnp.float32) for _ in range(tokens)) for _ in range(rows))
+        if settings.stages > 1 and steps > 1:
+            weights, sums = lax.fori_loop(0, steps - 1, step_ahead, (read(0), sums))
+            sums = added(steps - 1, weights, sums)
+        else:
+            sums = lax.fori_loop(0, steps, step, sums)
         for row, (place, n) in enumerate(zip(own, ns, strict=True)):
             for token in range(tokens):
                 y = sums[row][token].sum(axis=2).sum(axis=1)
@@ -193,6 +223,7 @@ def matvec(
 
     operands = [x, weight.words, *weight.extra, *weight.overlay]
     out = jax.ShapeDtypeStruct((tokens * out_size,), dtype)
+    settings = dataclasses.replace(settings, stages=1)  # Done above: nothing is left to the compiler.
     out = _call(kernel, operands, out, (-(-out_size // rows),), settings, interpret, "jaxq_matvec")
     return out.reshape((tokens, out_size))
 
@@ -222,8 +253,8 @@ def tiles(
     width = max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
     instructions = Emulated() if interpret else Hardware()
     depth, side = some * order.run, steps * split * some * order.block_inputs // 2
-    # Even and odd inputs apart, each of all tokens, so that a tile of them is read as it lies; zeros where there are
-    # no tokens or inputs.
+    # Even and odd inputs apart, each of all tokens, so that a tile of them is read as it lies; zeros where there
+    # are no tokens or inputs.
     x = jnp.pad(x.astype(jnp.float16), ((0, width - tokens), (0, 2 * side - in_size)))
     x = jnp.moveaxis(x.reshape((width, side, 2)), -1, 0)
     kept = dtype if split == 1 else jnp.float32
@@ -249,7 +280,8 @@ def tiles(
             chunk = part * steps + index
             at = n * row_words + tile(chunk).blocks * order.block_words + places
             planes = [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
-            for member, (pairs, scale) in enumerate(decoder.decode(state, planes, tile(chunk))):
+            own = decoder.read(tile(chunk))
+            for member, (pairs, scale) in enumerate(decoder.decode(instructions, state, own, planes)):
                 b = chunk * some + block_of
                 for i, word in enumerate(pairs):
                     if scale is not None:
@@ -388,7 +420,9 @@ def _call(
     from jax.experimental.pallas import triton
 
     whole = pallas.BlockSpec(memory_space=pallas.ANY)
-    operands, out = _varying(operands, out)
+    # In a shard_map all must vary over the same axes, and the result over them too.
+    operands = [vary_as(operand, *operands) for operand in operands]
+    out = out.update(manual_axis_type=axes_of(operands[0]))
     return pallas.pallas_call(
         kernel,
         grid=grid,
@@ -399,19 +433,6 @@ def _call(
         interpret=interpret,
         name=name,
     )(*[operand.reshape(-1) for operand in operands])
-
-
-def _varying(operands: list[Array], out: Any) -> tuple[list[Array], Any]:
-    """In a shard_map all vary over every axis that one operand varies over; a kernel has to say so."""
-    kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in operands]
-    axes = {axis for kind in kinds if kind is not None for axis in kind.varying}
-    if not axes:
-        return operands, out
-    cast = []
-    for operand, kind in zip(operands, kinds, strict=True):
-        missing = tuple(sorted(axes - set(kind.varying if kind is not None else ())))
-        cast.append(lax.pcast(operand, missing, to="varying") if missing else operand)
-    return cast, out.update(manual_axis_type=jax.typeof(cast[0]).manual_axis_type)
 
 
 def _power(size: int) -> int:

@@ -12,6 +12,9 @@ from jaxq.kernels import tuning
 from jaxq.kernels.gpu import products
 from jaxq.kernels.gpu.products import Settings, Weight
 
+#: Bytes of an activation where sums are in float32.
+EXACT_DIGITS = 4
+
 #: Tokens up to which float32 sums have a kernel.
 EXACT_TOKENS = 8
 
@@ -26,9 +29,14 @@ ROWS = Settings(rows=2, words=256, warps=2)
 TILES = Settings(rows=64, words=64, warps=4)
 
 
-def few_enough(tokens: int, exact: bool) -> bool:
-    """Whether there is a kernel for so many tokens."""
-    return 1 <= tokens <= (EXACT_TOKENS if exact else TILE_TOKENS)
+def most_tokens(exact: bool) -> int:
+    """Tokens up to which there is a kernel."""
+    return EXACT_TOKENS if exact else TILE_TOKENS
+
+
+def by_rows(tokens: int, exact: bool) -> bool:
+    """Whether so many tokens are summed row by row, in which an overlay can be."""
+    return exact or tokens <= ROW_TOKENS
 
 
 def product_of(
@@ -53,13 +61,14 @@ def product_of(
         interpret: run as array operations on any device, to test.
     """
     tokens = x.shape[0]
-    by_rows = exact or tokens <= ROW_TOKENS
+    if not tokens:
+        return jax.numpy.zeros((0, weight.words.shape[0]), dtype or jax.numpy.float32)
     if overlay:
-        assert by_rows, "tiles have no overlay"
+        assert by_rows(tokens, exact), "tiles have no overlay"
         weight = Weight(weight.words, weight.decoder, weight.extra, overlay)
     if settings is None:
         settings = _tuned(op, x.shape[1], weight, tokens, exact)
-    run: Any = functools.partial(products.matvec, exact=exact) if by_rows else products.tiles
+    run: Any = functools.partial(products.matvec, exact=exact) if by_rows(tokens, exact) else products.tiles
     with jax.named_scope(f"jaxq_{op}"):
         return run(x, weight, settings, dtype=dtype or jax.numpy.float32, interpret=interpret)
 
@@ -69,5 +78,5 @@ def _tuned(op: str, in_size: int, weight: Weight, tokens: int, exact: bool) -> S
     name = f"{op} exact" if exact else op
     found = tuning.look_up(name, bits, in_size, out_size, tokens)
     if found is None:
-        return ROWS if exact or tokens <= ROW_TOKENS else TILES
+        return ROWS if by_rows(tokens, exact) else TILES
     return Settings(**found)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxq.errors import JaxqError
+from jaxq.kernels.dispatch import vary_as
 from jaxq.kernels.native import build
 
 TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane", "jaxq_tables")
@@ -93,13 +94,14 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
 
 def call(name: str, x: Array, *operands: Array, out_size: int, **attributes: Any) -> Array:
-    """The foreign call `name`: `x` `(tokens, in)` float32 and prepared arrays, giving `(tokens, out)` float32.
+    """The foreign call `name`: `x` `(tokens, in)` and prepared arrays, giving `(tokens, out)` float32.
 
     Under jax.vmap it stays one call, to which an operand that is not mapped goes once, with an axis of size 1.
     """
     out = jax.ShapeDtypeStruct((x.shape[0], out_size), jnp.float32)
-    y = jax.ffi.ffi_call(name, out, vmap_method="expand_dims")(x, *operands, **attributes)
-    return _varying(y, x, *operands)
+    call = jax.ffi.ffi_call(name, out, vmap_method="expand_dims")
+    y = call(x.astype(jnp.float32), *operands, **attributes)
+    return vary_as(y, x, *operands)
 
 
 def tables(
@@ -111,11 +113,4 @@ def tables(
     """
     out = jax.ShapeDtypeStruct((w.shape[0], entries), jnp.float32)
     table = jax.ffi.ffi_call("jaxq_tables", out, vmap_method="broadcast_all")(w, importance)
-    return _varying(table, w, importance)
-
-
-def _varying(y: Array, *operands: Array) -> Array:
-    """In a shard_map the result varies over every axis that an operand varies over, which a call does not know."""
-    kinds = [getattr(jax.typeof(operand), "manual_axis_type", None) for operand in operands]
-    varying = sorted({axis for kind in kinds if kind is not None for axis in kind.varying})
-    return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
+    return vary_as(table, w, importance)

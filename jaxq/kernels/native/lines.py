@@ -7,6 +7,9 @@ from jaxtyping import Array, UInt8
 
 RUN = 64
 
+#: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
+TOKENS = 512
+
 #: Bits of a code: in how many runs they fill whole lines.
 RUNS = {1: 8, 2: 4, 3: 8, 4: 2}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
-from jaxq.kernels.gpu.lanes import pair
+from jaxq.kernels.gpu.lanes import Instructions, pair
 from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.run import product_of
 from jaxq.kernels.gpu.words import Order
@@ -33,6 +33,13 @@ SHRINK = 16
 UNIT = {place: ((11 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
 
 
+#: Scales and zero points.
+Own = tuple[Array, Array]
+
+#: Axes of the words of one matrix.
+AXES = 2
+
+
 def unsupported(array: Any) -> str:
     """Why an array has no GPU product; empty if it has one."""
     bits = array.format.bits
@@ -49,8 +56,9 @@ def _order(format: Any, groups: int) -> Order:
     return words.order_for(format.bits, _group(format, groups), spread=True)
 
 
-def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """(words by rows `(batch..., out, words)`, scales and zero points by rows `(batch..., out, groups)`)."""
+    del target  # One layout for all GPUs.
     _, out_size = array.matrix_shape
     groups = array.scale.shape[-2]
     order, group = _order(array.format, groups), _group(array.format, groups)
@@ -70,8 +78,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
+    del target  # One layout for all GPUs.
     codes, scale, zero = parts
     groups = -(-in_size // format.rows_per_group(in_size))
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
@@ -102,32 +111,43 @@ class Grid:
     kind: Any = jnp.float16
 
     def begin(self, tile: Tile) -> Any:
-        return None if self.group else self._grid(tile, jnp.zeros_like(tile.blocks))
+        return None if self.group else self._grid(self._read(tile, jnp.zeros_like(tile.blocks)))
 
-    def _grid(self, tile: Tile, group: Array) -> tuple[Array, list[Array]]:
-        """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
+    def read(self, tile: Tile) -> list[Own]:
+        """For each member of the blocks its scale and zero point."""
+        if self.group is None:
+            return []
+        members = range(self.order.members)
+        return [self._read(tile, words.group_of(tile.blocks, m, self.order, self.group)) for m in members]
+
+    def _read(self, tile: Tile, group: Array) -> Own:
         scale, zero = (load(ref.at[tile.rows * self.groups + group]) for ref in tile.refs)
+        return scale, zero
+
+    def _grid(self, own: Own) -> tuple[Array, list[Array]]:
+        """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
+        scale, zero = own
         zero = zero.astype(jnp.float32)
         offsets = [(-(1024.0 / 2**place) - zero) * (1 / SHRINK) for place in PLACES[self.order.bits]]
         offsets = [offset.astype(jnp.float16) for offset in offsets]
         return scale.astype(jnp.float32) * SHRINK, [pair(offset, offset) for offset in offsets]
 
-    def decode(self, state: Any, planes: list[Array], tile: Tile) -> list[tuple[list[Array], Array | None]]:
+    def decode(
+        self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]
+    ) -> list[tuple[list[Array], Array | None]]:
         found = []
         for member, fields in enumerate(self._fields(planes)):
-            scale, offsets = state or self._grid(tile, words.group_of(tile.blocks, member, self.order, self.group))
+            scale, offsets = state or self._grid(own[member])
             pairs = []
             for i, field in enumerate(fields):
                 place = i % len(offsets)
                 unit = jnp.full_like(field, jnp.uint32(UNIT[PLACES[self.order.bits][place]]))
-                pairs.append(
-                    tile.instructions.multiply_add(field, unit, jnp.broadcast_to(offsets[place], field.shape))
-                )
+                pairs.append(instructions.multiply_add(field, unit, jnp.broadcast_to(offsets[place], field.shape)))
             found.append((pairs, scale))
         return found
 
-    def exact(self, state: Any, planes: list[Array], tile: Tile) -> list[Any]:
-        return pairs_exactly(self, state, planes, tile)
+    def exact(self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]) -> list[Any]:
+        return pairs_exactly(self, instructions, state, own, planes)
 
     def _fields(self, planes: list[Array]) -> list[list[Array]]:
         """For each member the pairs 1024 + 2^place * code."""

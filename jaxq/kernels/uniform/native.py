@@ -20,6 +20,12 @@ GROUPS = 16
 #: Tokens up to which integers are faster than decoding a tile to floats, by bytes of an activation.
 INTEGER_TOKENS = {1: 16, 2: 12, 3: 8}
 
+#: Axes of the first part of one matrix.
+AXES = 2
+
+#: Tokens up to which products are faster than XLA's with a dense weight, decoded for it.
+TOKENS = lines.TOKENS
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no native product; empty if it has one."""
@@ -30,11 +36,12 @@ def unsupported(array: Any) -> str:
     return "" if size >= in_size or size % lines.RUN == 0 else f"groups are not multiples of {lines.RUN}"
 
 
-def prepare(array: Any, codes: Array) -> tuple[Array, ...]:
+def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """(codes by rows `(batch..., out, bytes)`, scales and zero points by rows `(batch..., out, groups)`).
 
     Groups are filled up with zeros.
     """
+    del target  # One layout for all processors.
     _, out_size = array.matrix_shape
     groups = -(-array.scale.shape[-2] // GROUPS) * GROUPS
 
@@ -51,8 +58,9 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
     return tuple(part[ids] for part in parts), 0
 
 
-def restore(format: Any, parts: tuple[Array, ...], in_size: int) -> tuple[Array, Array, Array]:
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
+    del target  # One layout for all processors.
     codes, scale, zero = parts
     groups = -(-in_size // format.rows_per_group(in_size))
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
