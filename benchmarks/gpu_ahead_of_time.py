@@ -64,10 +64,18 @@ def main() -> None:
     parser.add_argument("--shape", default="8192x8192", help="inputs x outputs")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--exact", action="store_true", help="float32 sums")
-    for name, value in (("rows", 2), ("words", 256), ("warps", 2), ("unroll", 1), ("split", 1), ("stages", 1)):
+    for name, value in (
+        ("rows", 2),
+        ("words", 256),
+        ("warps", 2),
+        ("unroll", 1),
+        ("split", 1),
+        ("stages", 1),
+        ("mixed", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    settings = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages)
+    settings = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages, args.mixed)
     shape = tuple(int(size) for size in args.shape.split("x"))
     topology = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET, topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])

@@ -74,6 +74,9 @@ CASES = (
     Case(L, SQUARE, 1, exact=True),
     Case(U, SQUARE, 1, exact=True),
     Case(BitPlane(2, 128), SQUARE, 1, exact=True),
+    Case(L, LARGE, 1, 3.3, exact=True),
+    Case(L, SMALL, 1, 2.6, exact=True),
+    Case(Codebook(3), SQUARE, 1, exact=True),
     Case(Uniform(3, 128), SQUARE),
     Case(Uniform(2, 128), SQUARE),
     Case(Uniform(4, 64), SQUARE),
@@ -191,14 +194,14 @@ def measured(case: Case, copy: float) -> dict[str, Any]:
 def tune(cases: tuple[Case, ...], results: Results, table: Path, until: float) -> None:
     """Cases with a target first, of those 8192 x 8192; then other shapes, with what was best for that one."""
     best: dict[Any, list[Settings]] = {}
-    some = [case for case in cases if not isinstance(case.format, DenseSparse) and case.m <= 256]
+    some = [case for case in cases if not isinstance(case.format, DenseSparse) and case.m <= 64]
     some.sort(key=lambda case: (case.target == 0, case.m > 64, case.shape != SQUARE, case.m, case.exact))
     for case in some:
         if time.monotonic() > until:
             print(f"no time for {case}")
             continue
         key = (case.format, case.m, case.exact)
-        tried = best[key][:6] if key in best else candidates(case.m, case.exact)
+        tried = best[key][:6] if key in best else candidates(case.format, case.m, case.exact)
         about = {
             "tune": str(case.format),
             "k": case.shape[0],

@@ -20,6 +20,7 @@ from jaxtyping import Array
 from jaxq.bench import FORMATS, random_array
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format
+from jaxq.formats.codebook import Codebook
 from jaxq.formats.prepared import PreparedArray, prepare
 from jaxq.kernels import tuning
 from jaxq.kernels.gpu import run as dispatch
@@ -32,17 +33,24 @@ ROTATED = 160 * 10**6
 ROWS = tuple(
     Settings(rows, words, warps, unroll, stages=stages)
     for words, warps in ((128, 1), (256, 2))
-    for rows in (2, 1, 4)
+    for rows in (2, 4, 1)
     for unroll in (1, 2)
     for stages in (2, 1)
-) + tuple(Settings(rows, 256, 1, 2) for rows in (1, 2))
+) + tuple(Settings(rows, 64, 1, 1, stages=2) for rows in (2, 4, 8))
+
+#: More of them where tables are looked up by shuffles.
+MIXED = tuple(
+    Settings(rows, 128, 1, unroll, stages=stages, mixed=mixed)
+    for rows, unroll, mixed in ((2, 2, 2), (4, 2, 2), (1, 4, 4), (2, 4, 4), (1, 2, 2))
+    for stages in (2, 1)
+)
 
 #: Candidates for tiles on tensor cores.
 TILES = tuple(
     Settings(rows, words, warps, 1, split, stages)
-    for rows, words, warps in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 32, 4), (32, 64, 4), (16, 128, 4))
+    for rows, words, warps in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8), (32, 64, 4))
     for split in (1, 2, 4)
-    for stages in (1, 3)
+    for stages in (3, 1)
 )
 
 #: Largest relative error of a product, by whether sums are in float32.
@@ -113,9 +121,11 @@ def error_of(y: Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
 
 
-def candidates(tokens: int, exact: bool) -> tuple[Settings, ...]:
+def candidates(format: Format, tokens: int, exact: bool) -> tuple[Settings, ...]:
     """What to try for so many tokens."""
-    return ROWS if dispatch.by_rows(tokens, exact) else TILES
+    if not dispatch.by_rows(tokens, exact):
+        return TILES
+    return ROWS + MIXED if tokens == 1 and isinstance(format, Codebook) and (exact or format.bits == 4) else ROWS
 
 
 def search(
@@ -186,7 +196,7 @@ def tune(
             for tokens in batches:
                 if not 1 <= tokens <= dispatch.most_tokens(exact=False):
                     continue
-                order = search(array, tokens, False, candidates(tokens, exact=False))
+                order = search(array, tokens, False, candidates(format, tokens, exact=False))
                 if order:
                     save(path, format, shape, tokens, False, order[0].settings)
                     if on_best is not None:

@@ -69,15 +69,18 @@ def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Floa
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Looks pairs up; exact. Its array holds the tables as pairs of entries, `(out, 2^bits / 2)` words."""
+    """Looks pairs up, by byte permutes or from what other lanes keep of the table; exact.
+
+    Its array holds the tables as pairs of entries, `(out, 2^bits / 2)` words.
+    """
 
     order: Order
     kind: Any
 
-    def begin(self, tile: Tile) -> list[tuple[Array, Array]]:
+    def begin(self, tile: Tile) -> list[Array]:
         count = 2**self.order.bits // 2
         (entries,) = tile.refs
-        return tables(tile.instructions, [load(entries.at[tile.rows * count + entry]) for entry in range(count)])
+        return [load(entries.at[tile.rows * count + entry]) for entry in range(count)]
 
     def read(self, tile: Tile) -> None:
         del tile  # A table is that of a whole output.
@@ -85,10 +88,24 @@ class Tables:
     def decode(
         self, instructions: Instructions, state: Any, own: None, planes: list[Array]
     ) -> list[tuple[list[Array], Array | None]]:
+        runs = tables(instructions, state)
         found: list[tuple[list[Array], Array | None]] = []
         for member in words.nibbles(planes, self.order):
-            found.append(([pair for some in member for pair in look_up(instructions, some, state)], None))
+            found.append(([pair for some in member for pair in look_up(instructions, some, runs)], None))
         return found
+
+    def shuffles(self, exact: bool) -> bool:
+        """Whether shuffles find entries in less time than permutes: each gives one, as float32."""
+        return exact or self.order.bits == 4
+
+    def shuffled_sum(
+        self, instructions: Instructions, state: list[Array], planes: list[Array], x: list[list[Any]], start: Array
+    ) -> Array:
+        """`start` plus the products of one token's inputs, in float32, with what other lanes have of the table."""
+        for member, pairs in zip(words.nibbles(planes, self.order), x, strict=True):
+            for turn, some in enumerate(member):
+                start = instructions.shuffled_sum(state, self.kind, some, pairs[4 * turn : 4 * turn + 4], start)
+        return start
 
     def exact(self, instructions: Instructions, state: Any, own: None, planes: list[Array]) -> list[Any]:
         return pairs_exactly(self, instructions, state, own, planes)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 Words = UInt32[Array, "*tile"]
+Pair = tuple[Array, Array]
 
 
 class Instructions(Protocol):
@@ -25,6 +26,24 @@ class Instructions(Protocol):
 
     def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
         """a * b + c of both halves as float16, rounded once; without `c` the product."""
+        ...
+
+    def fused(self, a: Array, b: Array, c: Array) -> Array:
+        """a * b + c of float32, in one instruction."""
+        ...
+
+    def merged(self, word: Words, mask: int, bits: int) -> Words:
+        """(word & mask) | bits, in one instruction."""
+        ...
+
+    def shuffled_sum(
+        self, entries: list[Words], kind: Any, nibbles: Words, xs: list[Pair], start: Float[Array, "*tile"]
+    ) -> Float[Array, "*tile"]:
+        """`start` plus the products of `xs` with the entries that eight nibbles name, lowest first, in float32.
+
+        Args:
+            entries: a table of up to 16 as pairs of `kind`; all lanes of a warp must have the same one.
+        """
         ...
 
 
@@ -50,6 +69,21 @@ class Emulated:
             total = total + both(c)
         return jax.lax.bitcast_convert_type(total.astype(jnp.float16), jnp.uint32)
 
+    def fused(self, a: Array, b: Array, c: Array) -> Array:
+        return a * b + c
+
+    def merged(self, word: Words, mask: int, bits: int) -> Words:
+        return (word & jnp.uint32(mask)) | jnp.uint32(bits)
+
+    def shuffled_sum(
+        self, entries: list[Words], kind: Any, nibbles: Words, xs: list[Pair], start: Float[Array, "*tile"]
+    ) -> Float[Array, "*tile"]:
+        table = [half for word in entries for half in halves(word, kind)]
+        for place, x in enumerate(x for pair in xs for x in pair):
+            code = (nibbles >> (4 * place)) & (len(table) - 1)
+            start = start + x * sum(jnp.where(code == entry, value, 0) for entry, value in enumerate(table))
+        return start
+
 
 class Hardware:
     """Inline assembly in a Pallas kernel that is lowered through Triton."""
@@ -64,18 +98,68 @@ class Hardware:
             return _assembly("mul.rn.f16x2 $0, $1, $2;", a, b)
         return _assembly("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
 
+    def fused(self, a: Array, b: Array, c: Array) -> Array:
+        return _assembly("fma.rn.f32 $0, $1, $2, $3;", a, b, c, constraint="f,f,f", result=jnp.float32)
 
-def _assembly(text: str, *words: Words) -> Words:
+    def merged(self, word: Words, mask: int, bits: int) -> Words:
+        return _assembly(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+
+    def shuffled_sum(
+        self, entries: list[Words], kind: Any, nibbles: Words, xs: list[Pair], start: Float[Array, "*tile"]
+    ) -> Float[Array, "*tile"]:
+        singles = [x for pair in xs for x in pair]
+        text = _shuffled_sum(len(entries), kind)
+        return _assembly(
+            text, start, nibbles, *singles, *entries, constraint="f,r," + "f," * 8, result=jnp.float32
+        )
+
+
+def _shuffled_sum(pairs: int, kind: Any) -> str:
+    """Each lane keeps the entry of its number, and a shuffle gets that which the low bits of a register name.
+
+    That a lane picks its entry here, each time anew, is to be right however a compiler spreads arrays over lanes;
+    what does not change in a loop is moved out of it.
+    """
+    count = 2 * pairs
+    first = 2 + 8
+    lines = ["{ .reg .b32 lane, part, code, found; .reg .pred odd; .reg .f32 sum, value;"]
+    lines += [
+        f".reg .b32 e<{pairs}>;",
+        "mov.u32 lane, %laneid;",
+        *(f"mov.b32 e{i}, ${first + 1 + i};" for i in range(pairs)),
+    ]
+    step = 1
+    while step < pairs:
+        lines += [f"and.b32 part, lane, {2 * step}; setp.ne.u32 odd, part, 0;"]
+        lines += [f"selp.b32 e{i}, e{i + step}, e{i}, odd;" for i in range(0, pairs, 2 * step)]
+        step *= 2
+    lines += ["and.b32 part, lane, 1; shl.b32 part, part, 4; shr.u32 e0, e0, part;"]
+    if kind == jnp.bfloat16:
+        lines += ["shl.b32 e0, e0, 16;"]
+    else:
+        lines += ["{ .reg .b16 low, high; mov.b32 {low, high}, e0; cvt.f32.f16 value, low; mov.b32 e0, value; }"]
+    lines += ["mov.b32 sum, $1;"]
+    for place in range(8):
+        lines += [f"shr.u32 code, $2, {4 * place};" if place else "mov.b32 code, $2;"]
+        lines += [f"shfl.sync.idx.b32 found, e0, code, {(32 - count) << 8 | 0x1F:#x}, 0xffffffff;"]
+        lines += [f"mov.b32 value, found; fma.rn.f32 sum, ${3 + place}, value, sum;"]
+    return " ".join([*lines, "mov.b32 $0, sum; }"])
+
+
+def _assembly(text: str, *words: Array, constraint: str = "", result: Any = jnp.uint32) -> Array:
+    """Runs PTX of which $0 is the result; `constraint` is that of the first words, "r" that of the others."""
     from jax.experimental.pallas import triton
 
     words = tuple(jnp.broadcast_arrays(*words))
+    some = constraint.strip(",").split(",") if constraint else []
+    kinds = [*some, *["r"] * (len(words) - len(some))]
     # Triton's own type of 32 bits, which has no sign; jax writes uint32 as another, which it refuses.
-    out = jax.ShapeDtypeStruct(words[0].shape, jnp.int32)
-    constraints = ",".join(["=r", *["r"] * len(words)])
-    (result,) = triton.elementwise_inline_asm(
+    out = jax.ShapeDtypeStruct(words[0].shape, jnp.int32 if result == jnp.uint32 else result)
+    constraints = ",".join(["=f" if result == jnp.float32 else "=r", *kinds])
+    (found,) = triton.elementwise_inline_asm(
         text, args=words, constraints=constraints, pack=1, result_shape_dtypes=[out]
     )
-    return result.astype(jnp.uint32)
+    return found.astype(result)
 
 
 def halves(word: Words, kind: Any = jnp.float16) -> tuple[Float[Array, "*tile"], Float[Array, "*tile"]]:
@@ -121,7 +205,7 @@ def look_up(instructions: Instructions, nibbles: Words, runs: list[tuple[Words, 
     selector, choice = nibbles, None
     if count == 16:
         selector = nibbles & jnp.uint32(0x77777777)
-        choice = ((nibbles >> 1) & jnp.uint32(0x44444444)) | jnp.uint32(0x32103210)
+        choice = instructions.merged(nibbles >> 1, 0x44444444, 0x32103210)
     found = []
     for half in (0, 1):
         if half:

@@ -46,6 +46,8 @@ class Settings:
         split: parts that the inputs are cut into, whose sums are added afterwards; for tiles only.
         stages: steps whose reads are under way together: row by row 1, or 2 in registers; for tiles as many as
             the compiler shall keep in shared memory.
+        mixed: where tables are looked up by shuffles, one read in so many goes by permutes instead, which keep
+            other units busy; 1: none. For one token only.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class Settings:
     unroll: int = 1
     split: int = 1
     stages: int = 1
+    mixed: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,18 +188,27 @@ def matvec(
 
         states = [decoder.begin(tile(n, 0)) for n in ns]
 
+        mixed = settings.mixed
+        shuffles = tokens == 1 and getattr(decoder, "shuffles", lambda exact: False)(exact)
+        decode = decoder.exact if exact else decoder.decode
+
         def added(index: Any, weights: Any, sums: Any) -> Any:
-            chunks = [index * unroll + part for part in range(unroll)]
-            xs = [[inputs_of(token, chunk) for chunk in chunks] for token in range(tokens)]
-            decode = decoder.exact if exact else decoder.decode
+            permuted = [part for part in range(unroll) if not shuffles or 0 < part % mixed == mixed - 1]
+            xs = [[inputs_of(token, index * unroll + part) for part in range(unroll)] for token in range(tokens)]
             result = []
             for row, state in enumerate(states):
-                parts = [
-                    decode(instructions, state, own, planes) for planes, own in (some[row] for some in weights)
-                ]
-                result.append(
-                    tuple(_accumulated(instructions, sums[row][t], parts, xs[t], exact) for t in range(tokens))
-                )
+                some = [weights[part][row] for part in range(unroll)]
+                totals = list(sums[row])
+                for place in sorted(set(range(unroll)) - set(permuted)):
+                    x = xs[0][place] if exact else [[halves(word) for word in words] for words in xs[0][place]]
+                    totals = [decoder.shuffled_sum(instructions, state, some[place][0], x, *totals)]
+                if permuted:
+                    parts = [decode(instructions, state, some[place][1], some[place][0]) for place in permuted]
+                    totals = [
+                        _accumulated(instructions, total, parts, [x[place] for place in permuted], exact)
+                        for total, x in zip(totals, xs, strict=True)
+                    ]
+                result.append(tuple(totals))
             return tuple(result)
 
         def step(index: Any, sums: Any) -> Any:
@@ -223,8 +235,9 @@ def matvec(
 
     operands = [x, weight.words, *weight.extra, *weight.overlay]
     out = jax.ShapeDtypeStruct((tokens * out_size,), dtype)
-    settings = dataclasses.replace(settings, stages=1)  # Done above: nothing is left to the compiler.
-    out = _call(kernel, operands, out, (-(-out_size // rows),), settings, interpret, "jaxq_matvec")
+    # What is read ahead is so above: nothing is left to the compiler.
+    compiled = dataclasses.replace(settings, stages=1)
+    out = _call(kernel, operands, out, (-(-out_size // rows),), compiled, interpret, "jaxq_matvec")
     return out.reshape((tokens, out_size))
 
 
@@ -307,7 +320,10 @@ def tiles(
 def _summed(instructions: Instructions, pairs: list[Any], xs: list[Any], start: Any, exact: bool) -> Any:
     """The sum of products: float32, or a pair of partial sums in float16 that goes on from `start`."""
     if exact:
-        return sum(a * b for word, x in zip(pairs, xs, strict=True) for a, b in zip(word, x, strict=True))
+        for word, x in zip(pairs, xs, strict=True):
+            for a, b in zip(word, x, strict=True):
+                start = a * b if start is None else instructions.fused(a, jnp.broadcast_to(b, a.shape), start)
+        return start
     for word, x in zip(pairs, xs, strict=True):
         start = instructions.multiply_add(word, jnp.broadcast_to(x, word.shape), start)
     return start
@@ -324,8 +340,8 @@ def _accumulated(instructions: Instructions, total: Array, parts: list[Any], xs:
         length += len(pairs)
         last = place == len(members) - 1
         if exact or last or scale is not None or length + len(pairs) > CHAIN:
-            part = chain if exact else sum(halves(chain))
-            total = total + (part if scale is None else part * scale)
+            part: Any = chain if exact else sum(halves(chain))
+            total = total + part if scale is None else instructions.fused(part, scale, total)
             chain, length = None, 0
     return total
 

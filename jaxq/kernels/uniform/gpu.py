@@ -11,10 +11,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
-from jaxq.kernels.gpu.lanes import Instructions, pair
+from jaxq.kernels.gpu.lanes import Instructions
 from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.run import product_of
 from jaxq.kernels.gpu.words import Order
@@ -28,6 +29,9 @@ SHIFT = {4: 8, 3: 8, 2: 10}
 #: Decoded weights are so much smaller than codes: below 1, so that sums in float16 overflow only for activations
 #: of thousands.
 SHRINK = 16
+
+#: A pair of 1024 in float16.
+MAGIC = 0x64006400
 
 #: A pair of 1 / (SHRINK 2^place) in float16.
 UNIT = {place: ((11 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
@@ -111,7 +115,7 @@ class Grid:
     kind: Any = jnp.float16
 
     def begin(self, tile: Tile) -> Any:
-        return None if self.group else self._grid(self._read(tile, jnp.zeros_like(tile.blocks)))
+        return None if self.group else self._grid(tile.instructions, self._read(tile, jnp.zeros_like(tile.blocks)))
 
     def read(self, tile: Tile) -> list[Own]:
         """For each member of the blocks its scale and zero point."""
@@ -124,20 +128,23 @@ class Grid:
         scale, zero = (load(ref.at[tile.rows * self.groups + group]) for ref in tile.refs)
         return scale, zero
 
-    def _grid(self, own: Own) -> tuple[Array, list[Array]]:
+    def _grid(self, instructions: Instructions, own: Own) -> tuple[Array, list[Array]]:
         """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
         scale, zero = own
-        zero = zero.astype(jnp.float32)
-        offsets = [(-(1024.0 / 2**place) - zero) * (1 / SHRINK) for place in PLACES[self.order.bits]]
-        offsets = [offset.astype(jnp.float16) for offset in offsets]
-        return scale.astype(jnp.float32) * SHRINK, [pair(offset, offset) for offset in offsets]
+        # A zero point in the mantissa of 1024, twice; what 1024 is too large by is added again.
+        both = (zero.astype(jnp.uint32) * jnp.uint32(0x00010001)) | jnp.uint32(MAGIC)
+        offsets = []
+        for place in PLACES[self.order.bits]:
+            unit, rest = (_both(value) for value in (-1 / SHRINK, (1024 - 1024 / 2**place) / SHRINK))
+            offsets.append(instructions.multiply_add(both, jnp.full_like(both, unit), jnp.full_like(both, rest)))
+        return scale.astype(jnp.float32) * SHRINK, offsets
 
     def decode(
         self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]
     ) -> list[tuple[list[Array], Array | None]]:
         found = []
-        for member, fields in enumerate(self._fields(planes)):
-            scale, offsets = state or self._grid(own[member])
+        for member, fields in enumerate(self._fields(instructions, planes)):
+            scale, offsets = state or self._grid(instructions, own[member])
             pairs = []
             for i, field in enumerate(fields):
                 place = i % len(offsets)
@@ -149,7 +156,7 @@ class Grid:
     def exact(self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]) -> list[Any]:
         return pairs_exactly(self, instructions, state, own, planes)
 
-    def _fields(self, planes: list[Array]) -> list[list[Array]]:
+    def _fields(self, instructions: Instructions, planes: list[Array]) -> list[list[Array]]:
         """For each member the pairs 1024 + 2^place * code."""
         bits, places = self.order.bits, PLACES[self.order.bits]
         found = []
@@ -159,13 +166,20 @@ class Grid:
                 turn, step = divmod(i, len(places))
                 word = planes[member] >> (SHIFT[bits] * turn) if turn else planes[member]
                 low = 2 if bits == 3 else bits
-                field = word & jnp.uint32(0x00010001 * (2**low - 1) << places[step])
+                mask = 0x00010001 * (2**low - 1) << places[step]
                 if bits == 3:
                     top = _rotated(planes[2], 8 * member + turn)
-                    field = field | (top & jnp.uint32(0x00040004 << places[step]))
-                fields.append(field | jnp.uint32(0x64006400))
+                    field = (word & jnp.uint32(mask)) | instructions.merged(top, 0x00040004 << places[step], MAGIC)
+                else:
+                    field = instructions.merged(word, mask, MAGIC)
+                fields.append(field)
             found.append(fields)
         return found
+
+
+def _both(value: float) -> Any:
+    """A pair of a number in float16."""
+    return jnp.uint32(int(np.float16(value).view(np.uint16)) * 0x00010001)
 
 
 def _rotated(word: Array, places: int) -> Array:
