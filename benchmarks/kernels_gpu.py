@@ -105,6 +105,10 @@ QUICK = tuple(
 )
 
 
+#: What whole programs are measured with.
+WHOLE = (("bf16", None), ("codebook 4", L), ("planes 2", BitPlane(2, 128)), ("uniform 4", U))
+
+
 class Results:
     """Rows that are printed and written as they come."""
 
@@ -246,7 +250,7 @@ def chain(results: Results) -> None:
         return x
 
     found = {}
-    for name, format in (("bf16", None), ("codebook 4", L), ("uniform 4", U), ("planes 2", BitPlane(2, 128))):
+    for name, format in WHOLE:
         x = jax.random.normal(jax.random.key(0), (1, SMALL[0]), jnp.bfloat16 if format is None else jnp.float16)
         if format is None:
             ws = copies(jax.random.normal(jax.random.key(1), SMALL, jnp.bfloat16) / math.sqrt(SMALL[0]))
@@ -271,7 +275,7 @@ def chain(results: Results) -> None:
 WIDTH, LAYERS, HEADS, KEYS, HEAD, HIDDEN, VOCABULARY = 4096, 32, 32, 8, 128, 14336, 128256
 
 
-def decode(results: Results, layers: int = LAYERS, positions: int = 256) -> None:
+def decode(results: Results, layers: int = LAYERS, positions: int = 256, formats: Any = WHOLE) -> None:
     """Tokens a second of steps of the shape of Llama-3.1-8B, batch 1, random weights, one program a step.
 
     Projections that share an input are one (q, k and v; gate and up). The embedding and the head stay bfloat16.
@@ -330,7 +334,7 @@ def decode(results: Results, layers: int = LAYERS, positions: int = 256) -> None
         "head": jax.random.normal(jax.random.key(1), (WIDTH, VOCABULARY), jnp.bfloat16) / 64,
     }
     base = None
-    for name, format in (("bf16", None), ("codebook 4", L), ("planes 2", BitPlane(2, 128)), ("uniform 4", U)):
+    for name, format in formats:
         fill = jax.jit(weight, static_argnums=(0, 1))
         ws = [{kind: fill(format, kind, seed) for kind in sizes} for seed in range(layers)]
         caches = [jnp.zeros((2, KEYS, positions, HEAD), jnp.bfloat16) for _ in range(layers)]

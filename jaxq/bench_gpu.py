@@ -172,7 +172,9 @@ def search(
 def save(path: Path, format: Any, shape: tuple[int, int], tokens: int, exact: bool, best: Settings) -> None:
     """Writes the settings of products of so many tokens with a weight of `shape` (in, out) into a table."""
     name = f"{format.name} exact" if exact else format.name
-    tuning.save(path, tuning.device(), name, format.bits, *shape, tokens, dataclasses.asdict(best))
+    own = getattr(format, "group_size", None)
+    group = own if isinstance(own, int) and own < shape[0] else shape[0]
+    tuning.save(path, tuning.device(), name, format.bits, *shape, tokens, group, dataclasses.asdict(best))
 
 
 def tune(

@@ -1,6 +1,7 @@
 """Block sizes found by search: a table that ships with the package, over which the user's own goes.
 
-Both are JSON: device -> "op bits" -> a list of {"n", "k", "m", and the settings}. `jaxq bench kernels --tune`
+Both are JSON: device -> "op bits" -> a list of {"n", "k", "m", "group", and the settings}, where one group of all
+inputs is one of k. `jaxq bench kernels --tune`
 writes the user's, in the cache folder (`JAXQ_CACHE`).
 """
 
@@ -19,10 +20,10 @@ from jaxq.kernels.native.build import BuildError, cache
 
 SHIPPED = Path(__file__).parent / "tuning.json"
 
-#: A shape uses the entry of another one that is not further away than this, in doublings of n and k together.
+#: A shape uses the entry of another one that is not further away than this, in doublings of n, k and group.
 NEAR = 6.0
 
-SHAPE = ("n", "k", "m")
+SHAPE = ("n", "k", "m", "group")
 
 Table = dict[str, dict[str, list[dict[str, int]]]]
 
@@ -35,33 +36,36 @@ def own() -> Path | None:
         return None
 
 
-def look_up(op: str, bits: int, k: int, n: int, m: int) -> dict[str, int] | None:
+def look_up(op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, int] | None:
     """Settings for a product of `(m, k)` with `(k, n)` on the device of this process, or None.
 
     This shape itself or the nearest with about as many tokens, since what is best changes slowly with n and k; of
     two that are equally near the user's. What is best on another device would be a guess.
     """
-    return find(device(), op, bits, k, n, m)
+    return find(device(), op, bits, k, n, m, group)
 
 
-def find(kind: str, op: str, bits: int, k: int, n: int, m: int) -> dict[str, int] | None:
+def find(kind: str, op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, int] | None:
     """`look_up` for a device of this kind."""
     best, found = NEAR, None
     for path in (own(), SHIPPED):
         for entry in _read(path).get(kind, {}).get(f"{op} {bits}", []):
             if (entry["m"] - 1).bit_length() != (m - 1).bit_length():
                 continue
-            distance = abs(math.log2(entry["n"] / n)) + abs(math.log2(entry["k"] / k))
+            pairs = ((entry["n"], n), (entry["k"], k), (entry["group"], group))
+            distance = sum(abs(math.log2(size / wanted)) for size, wanted in pairs)
             if distance < best:
                 best, found = distance, entry
     return None if found is None else {name: value for name, value in found.items() if name not in SHAPE}
 
 
-def save(path: Path, kind: str, op: str, bits: int, k: int, n: int, m: int, settings: dict[str, int]) -> None:
+def save(
+    path: Path, kind: str, op: str, bits: int, k: int, n: int, m: int, group: int, settings: dict[str, int]
+) -> None:
     """Puts settings into the table at `path`, in place of those for the same shape."""
     table: Any = json.loads(path.read_text()) if path.exists() else {}
     entries = table.setdefault(kind, {}).setdefault(f"{op} {bits}", [])
-    shape = {"n": n, "k": k, "m": m}
+    shape = {"n": n, "k": k, "m": m, "group": group}
     entries[:] = [entry for entry in entries if any(entry[name] != size for name, size in shape.items())]
     entries.append({**shape, **settings})
     path.parent.mkdir(parents=True, exist_ok=True)

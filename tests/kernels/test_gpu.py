@@ -251,20 +251,20 @@ def test_tuned_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXQ_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
     small, large = ({"rows": rows, "words": 256, "warps": 2, "unroll": 1, "split": 1} for rows in (1, 4))
-    assert tuning.find("chip", "uniform", 4, 4096, 4096, 1) is None
-    tuning.save(tmp_path / "shipped.json", "chip", "uniform", 4, 4096, 4096, 1, small)
-    tuning.save(tmp_path / "shipped.json", "chip", "uniform", 4, 8192, 28672, 1, large)
+    assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) is None
+    tuning.save(tmp_path / "shipped.json", "chip", "uniform", 4, 4096, 4096, 1, 64, small)
+    tuning.save(tmp_path / "shipped.json", "chip", "uniform", 4, 8192, 28672, 1, 64, large)
     # The nearest shape; nothing for another number of tokens, or on another chip.
-    assert tuning.find("chip", "uniform", 4, 4096, 6000, 1) == small
-    assert tuning.find("chip", "uniform", 4, 8192, 16384, 1) == large
-    assert tuning.find("chip", "uniform", 4, 4096, 4096, 2) is None
-    assert tuning.find("other", "uniform", 4, 4096, 4096, 1) is None
-    tuning.save(tmp_path / "tuning.json", "chip", "uniform", 4, 4096, 4096, 1, large)
-    assert tuning.find("chip", "uniform", 4, 4096, 4096, 1) == large
+    assert tuning.find("chip", "uniform", 4, 4096, 6000, 1, 64) == small
+    assert tuning.find("chip", "uniform", 4, 8192, 16384, 1, 64) == large
+    assert tuning.find("chip", "uniform", 4, 4096, 4096, 2, 64) is None
+    assert tuning.find("other", "uniform", 4, 4096, 4096, 1, 64) is None
+    tuning.save(tmp_path / "tuning.json", "chip", "uniform", 4, 4096, 4096, 1, 64, large)
+    assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == large
     (tmp_path / "tuning.json").write_text(json.dumps({"chip": {"uniform 4": [{"n": 1}]}}))
     tuning._read.cache_clear()
     with pytest.warns(UserWarning, match="names no shape"):
-        assert tuning.find("chip", "uniform", 4, 4096, 4096, 1) == small
+        assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == small
 
 
 def test_block_sizes_are_searched_on_a_gpu_only(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_block_sizes_are_searched_on_a_gpu_only(tmp_path, monkeypatch):
         bench_gpu.search(random_array(Uniform(5, 64), 256, 8), 1, False, [ROWS])
     bench_gpu.save(tmp_path / "tuning.json", Uniform(4, 64), (256, 8), 1, True, ROWS)
     kept = json.loads((tmp_path / "tuning.json").read_text())[tuning.device()]["uniform exact 4"]
-    assert kept == [{"n": 8, "k": 256, "m": 1, **dataclasses.asdict(ROWS)}]
+    assert kept == [{"n": 8, "k": 256, "m": 1, "group": 64, **dataclasses.asdict(ROWS)}]
 
 
 def test_shipped_settings_are_sound():

@@ -76,6 +76,7 @@ class Tables:
 
     order: Order
     kind: Any
+    group: int | None = None
 
     def begin(self, tile: Tile) -> list[Array]:
         count = 2**self.order.bits // 2

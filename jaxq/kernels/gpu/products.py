@@ -80,6 +80,11 @@ class Decoder(Protocol):
     def order(self) -> Order: ...
 
     @property
+    def group(self) -> int | None:
+        """Inputs of a group; None for one group an output."""
+        ...
+
+    @property
     def kind(self) -> Any:
         """float16 or bfloat16: what halves of decoded pairs are."""
         ...

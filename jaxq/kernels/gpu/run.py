@@ -25,8 +25,8 @@ TILE_TOKENS = 64
 ROW_TOKENS = 1
 
 #: Where the table of tuned settings has nothing.
-ROWS = Settings(rows=2, words=256, warps=2)
-TILES = Settings(rows=64, words=64, warps=4)
+ROWS = Settings(rows=2, words=128, warps=1, stages=2)
+TILES = Settings(rows=64, words=32, warps=4, split=4)
 
 
 def most_tokens(exact: bool) -> int:
@@ -76,7 +76,7 @@ def product_of(
 def _tuned(op: str, in_size: int, weight: Weight, tokens: int, exact: bool) -> Settings:
     bits, out_size = weight.decoder.order.bits, weight.words.shape[0]
     name = f"{op} exact" if exact else op
-    found = tuning.look_up(name, bits, in_size, out_size, tokens)
+    found = tuning.look_up(name, bits, in_size, out_size, tokens, weight.decoder.group or in_size)
     if found is None:
         return ROWS if by_rows(tokens, exact) else TILES
     return Settings(**found)
