@@ -31,7 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.bench import random_array
-from jaxq.bench_gpu import BOUND, Trial, candidates, copies, device_seconds, error_of, exactly, save, search
+from jaxq.bench_gpu import (
+    BOUND,
+    Trial,
+    candidates,
+    copies,
+    copy_bandwidth,
+    dense_seconds,
+    device_seconds,
+    error_of,
+    exactly,
+    save,
+    search,
+)
 from jaxq.formats import BitPlane, Codebook, DenseSparse, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray
 from jaxq.formats.prepared import prepare
@@ -124,25 +136,6 @@ class Results:
     def write(self) -> None:
         if self.path is not None:
             self.path.write_text(json.dumps(self.facts, indent=1) + "\n")
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that a copy reads and writes together."""
-    size = 2**28 if jax.default_backend() == "gpu" else 2**20
-    xs = [(jnp.ones(size, jnp.float32),) for _ in range(2)]
-    return 8 * size / device_seconds(jax.jit(lambda x: x + 1), xs, 10)
-
-
-@functools.cache
-def dense_seconds(shape: tuple[int, int], m: int) -> float:
-    """The better of both orders in which a dense bfloat16 weight may lie."""
-    key = jax.random.key(0)
-    x = jax.random.normal(key, (m, shape[0]), jnp.bfloat16)
-    found = []
-    for size, product in ((shape, lambda x, w: x @ w), (shape[::-1], lambda x, w: x @ w.T)):
-        weights = copies(jax.random.normal(key, size, jnp.bfloat16))
-        found.append(device_seconds(jax.jit(product), [(x, w) for w in weights]))
-    return min(found)
 
 
 @functools.lru_cache(maxsize=2)

@@ -34,9 +34,8 @@ ROTATED = 96 * 2**20
 class Row:
     """One measurement: `x` (m, k) times a weight (k, n).
 
-    speedup_vs_dense: least time of XLA's dense float32 product over the least time of this one, both of the same
-    interleaved series. share_of_copy_bandwidth: bytes of the weight a second over those that a copy reads and
-    writes. error: in the norm, against float64.
+    speedup_vs_dense: the time of XLA's dense product over that of this one. share_of_copy_bandwidth: bytes of the
+    weight a second over those that a copy reads and writes. error: in the norm, against float64.
     """
 
     op: str
@@ -79,15 +78,19 @@ def kernels(
 ) -> list[Row]:
     """Measures each format's products of `(batch, k)` with `(k, n)`, for `shapes` of (k, n).
 
-    Each is measured as it is ("xla") and prepared for this machine's kernels ("native avx2", ...). Times are the
-    least of `repeats` interleaved calls over copies of the weight that no cache holds together.
+    Each is measured as it is ("xla") and prepared for this machine's kernels ("native avx2", "gpu float16", ...),
+    by calls over copies of the weight that no cache holds together. On CPUs the least times of `repeats`
+    interleaved calls, against dense float32; on GPUs median times of the device, against dense bfloat16.
     """
     if any(size < 1 for shape in shapes for size in shape) or any(batch < 1 for batch in batches) or repeats < 1:
         raise JaxqError("shapes, batches and repeats are positive numbers")
+    from jaxq import bench_gpu
+
+    measure = bench_gpu.measure if jax.default_backend() == "gpu" else _measure
     rows = []
     for in_size, out_size in shapes:
         for format in formats:
-            for row in _measure(format, in_size, out_size, batches, activations, repeats):
+            for row in measure(format, in_size, out_size, batches, activations, repeats):
                 rows.append(row)
                 if on_row is not None:
                     on_row(row)

@@ -1,9 +1,10 @@
-"""Times on a GPU, and the search for the block sizes of its kernels: what `jaxq bench kernels --tune` does."""
+"""Times on a GPU, and the search for the block sizes of its kernels: what `jaxq bench kernels` does there."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import glob
 import math
 import tempfile
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxq.bench import FORMATS, random_array
+from jaxq.bench import FORMATS, Row, random_array
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format
 from jaxq.formats.codebook import Codebook
@@ -119,6 +120,60 @@ def exactly(x: Array, array: Any) -> np.ndarray:
 def error_of(y: Array, expected: np.ndarray) -> float:
     """Relative error in the norm, over all outputs."""
     return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes together."""
+    size = 2**28 if jax.default_backend() == "gpu" else 2**20
+    xs = [(jnp.ones(size, jnp.float32),) for _ in range(2)]
+    return 8 * size / device_seconds(jax.jit(lambda x: x + 1), xs, 10)
+
+
+@functools.cache
+def dense_seconds(shape: tuple[int, int], tokens: int) -> float:
+    """Of a dense bfloat16 product; the better of both orders in which the weight may lie."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (tokens, shape[0]), jnp.bfloat16)
+    found = []
+    for size, product in ((shape, lambda x, w: x @ w), (shape[::-1], lambda x, w: x @ w.T)):
+        weights = copies(jax.random.normal(key, size, jnp.bfloat16))
+        found.append(device_seconds(jax.jit(product), [(x, w) for w in weights]))
+    return min(found)
+
+
+def measure(
+    format: Any, in_size: int, out_size: int, batches: Sequence[int], activations: Sequence[str], repeats: int
+) -> list[Row]:
+    """What `jaxq.bench.kernels` measures of one format and shape, with activations and results in float16."""
+    array = random_array(format, in_size, out_size)
+    cases: dict[str, Any] = {"xla": array}
+    for kind in activations:
+        prepared = prepare(array, "gpu", activations=kind)
+        if isinstance(prepared, PreparedArray):
+            cases[f"gpu {kind}"] = prepared
+    copy, rows = copy_bandwidth(), []
+    for tokens in batches:
+        x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
+        expected, dense = exactly(x, array), dense_seconds((in_size, out_size), tokens)
+        for name, case in cases.items():
+            product = jax.jit(lambda x, w: x @ w)
+            error = error_of(product(x, case), expected)
+            seconds = device_seconds(product, [(x, some) for some in copies(case)], repeats)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(case))
+            row = Row(
+                op=format.name,
+                bits=format.bits,
+                n=out_size,
+                k=in_size,
+                m=tokens,
+                implementation=name,
+                milliseconds=1e3 * seconds,
+                speedup_vs_dense=dense / seconds,
+                share_of_copy_bandwidth=size / seconds / copy,
+                error=error,
+            )
+            rows.append(row)
+    return rows
 
 
 def candidates(format: Format, tokens: int, exact: bool) -> tuple[Settings, ...]:

@@ -17,18 +17,22 @@ def bench(
     shapes: Annotated[str, typer.Option(help="Inputs x outputs: 4096x4096,4096x11008.")] = "4096x4096",
     batch: Annotated[str, typer.Option(help="Rows of the other operand, as 1,8.")] = "1,8",
     activations: Annotated[
-        str, typer.Option(help="What integer kernels may round activations to: float32, int16, int8; several.")
+        str,
+        typer.Option(help="What to round activations to: float32, int16, int8; on GPUs float16; several."),
     ] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Calls, of which the fastest counts.")] = 15,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Calls, of which the fastest counts; on GPUs the median.")
+    ] = 15,
     tune: Annotated[
         bool,
         typer.Option(help="Search the block sizes of this GPU's kernels and keep them, instead of measuring."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the products of every format here, against XLA's dense float32 product and a copy of memory.
+    """Measure the products of every format here, against XLA's dense product and a copy of memory.
 
-    Weights are random. "native" is what weights that `jaxq.prepare` laid out run, "xla" what all others do.
+    Weights are random. "native" or "gpu" is what weights run that `jaxq.prepare` laid out, "xla" what all others
+    run. Dense is float32 on CPUs, bfloat16 on GPUs, where times are those of the device.
     """
     if what != "kernels":
         raise JaxqError(f"there is no benchmark {what!r}; use kernels")

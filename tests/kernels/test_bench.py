@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from jaxq import bench
+from jaxq import bench, bench_gpu
 from jaxq.cli.app import app
 from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, Uniform
@@ -33,6 +33,22 @@ def test_rows():
         assert row.error < (2e-2 if "int8" in row.implementation else 1e-6)
     with pytest.raises(JaxqError, match="positive numbers"):
         bench.kernels([(0, 4)])
+
+
+def test_rows_of_a_gpu():
+    """By the clock of the wall and the reference where there is none."""
+    rows = bench_gpu.measure(BitPlane(2, 64), 256, 96, [1, 3], ["float16"], 2)
+    assert [(row.implementation, row.m) for row in rows] == [
+        ("xla", 1),
+        ("gpu float16", 1),
+        ("xla", 3),
+        ("gpu float16", 3),
+    ]
+    for row in rows:
+        assert row.n == 96 and row.k == 256 and row.error < 1e-3
+        assert row.milliseconds > 0 and row.speedup_vs_dense > 0 and row.share_of_copy_bandwidth > 0
+    with pytest.raises(JaxqError, match="use float32, float16"):
+        bench_gpu.measure(BitPlane(2, 64), 256, 96, [1], ["int8"], 2)
 
 
 def test_command(monkeypatch):

@@ -78,10 +78,11 @@ class Emulated:
     def shuffled_sum(
         self, entries: list[Words], kind: Any, nibbles: Words, xs: list[Pair], start: Float[Array, "*tile"]
     ) -> Float[Array, "*tile"]:
-        table = [half for word in entries for half in halves(word, kind)]
+        table = jnp.stack([half for word in entries for half in halves(word, kind)], axis=-1)
+        table = jnp.broadcast_to(table, (*nibbles.shape, table.shape[-1]))
         for place, x in enumerate(x for pair in xs for x in pair):
-            code = (nibbles >> (4 * place)) & (len(table) - 1)
-            start = start + x * sum(jnp.where(code == entry, value, 0) for entry, value in enumerate(table))
+            code = (nibbles >> (4 * place)) & (table.shape[-1] - 1)
+            start = start + x * jnp.take_along_axis(table, code[..., None].astype(jnp.int32), axis=-1)[..., 0]
         return start
 
 
