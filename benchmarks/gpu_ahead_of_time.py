@@ -33,7 +33,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from jaxq.bench import FORMATS
 from jaxq.formats.prepared import prepare
-from jaxq.kernels.gpu.products import Settings
+from jaxq.kernels.gpu.weights import Settings
 
 KIND = "NVIDIA H100 80GB HBM3"
 

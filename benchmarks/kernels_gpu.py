@@ -48,7 +48,7 @@ from jaxq.formats import BitPlane, Codebook, DenseSparse, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray
 from jaxq.formats.prepared import prepare
 from jaxq.kernels import tuning
-from jaxq.kernels.gpu.products import Settings
+from jaxq.kernels.gpu.weights import Settings
 
 #: (inputs, outputs).
 SQUARE, SMALL, LARGE = (8192, 8192), (4096, 4096), (8192, 28672)

@@ -25,7 +25,7 @@ from jaxq.formats.codebook import Codebook
 from jaxq.formats.prepared import PreparedArray, prepare
 from jaxq.kernels import tuning
 from jaxq.kernels.gpu import run as dispatch
-from jaxq.kernels.gpu.products import Settings
+from jaxq.kernels.gpu.weights import Settings
 
 #: Bytes of all copies of an operand together: three times what the cache of an H100 holds.
 ROTATED = 160 * 10**6

@@ -18,7 +18,7 @@ from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import dispatch, gpu, tuning
 from jaxq.kernels.gpu import lanes, words
-from jaxq.kernels.gpu.products import Settings
+from jaxq.kernels.gpu.weights import Settings
 
 #: Every format and number of bits; inputs that end inside a block, a group, or what a program reads together.
 CASES = [

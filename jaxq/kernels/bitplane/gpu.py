@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, halves, look_up, pair, tables
-from jaxq.kernels.gpu.products import Tile, Weight, load
 from jaxq.kernels.gpu.run import product_of
+from jaxq.kernels.gpu.weights import Tile, Weight, load
 from jaxq.kernels.gpu.words import Order
 
 #: A pair of one in float16.

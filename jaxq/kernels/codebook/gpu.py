@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, look_up, tables
-from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.run import product_of
+from jaxq.kernels.gpu.weights import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.words import Order
 
 #: Axes of the words of one matrix.

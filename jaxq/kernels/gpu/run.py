@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxq.kernels import tuning
-from jaxq.kernels.gpu import products
-from jaxq.kernels.gpu.products import Settings, Weight
+from jaxq.kernels.gpu import rows, tiles
+from jaxq.kernels.gpu.weights import Settings, Weight
 
 #: Bytes of an activation where sums are in float32.
 EXACT_DIGITS = 4
@@ -68,7 +68,7 @@ def product_of(
         weight = Weight(weight.words, weight.decoder, weight.extra, overlay)
     if settings is None:
         settings = _tuned(op, x.shape[1], weight, tokens, exact)
-    run: Any = functools.partial(products.matvec, exact=exact) if by_rows(tokens, exact) else products.tiles
+    run: Any = functools.partial(rows.matvec, exact=exact) if by_rows(tokens, exact) else tiles.tiles
     with jax.named_scope(f"jaxq_{op}"):
         return run(x, weight, settings, dtype=dtype or jax.numpy.float32, interpret=interpret)
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions
-from jaxq.kernels.gpu.products import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.run import product_of
+from jaxq.kernels.gpu.weights import Tile, Weight, load, pairs_exactly
 from jaxq.kernels.gpu.words import Order
 
 #: Bits of a code: where, in a half of a word, the fields begin that are read without another shift.
