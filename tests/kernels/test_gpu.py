@@ -62,7 +62,9 @@ def in_kernel(monkeypatch):
 
 @pytest.mark.parametrize(("format", "width"), CASES, ids=str)
 def test_layout_comes_back(format, width):
-    for shape in ((width, OUT), (2, width, OUT)):
+    # Batched ones of a few, since each compiles.
+    shapes = ((width, OUT), (2, width, OUT)) if format.bits == 3 else ((width, OUT),)
+    for shape in shapes:
         array = random_array(format, *shape)
         told = []
         prepared = jaxq.prepare({"w": array}, "gpu", on_fallback=lambda *why, told=told: told.append(why))["w"]
