@@ -71,11 +71,10 @@ def main() -> None:
         ("unroll", 1),
         ("split", 1),
         ("stages", 1),
-        ("mixed", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    settings = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages, args.mixed)
+    settings = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages)
     shape = tuple(int(size) for size in args.shape.split("x"))
     topology = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET, topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])

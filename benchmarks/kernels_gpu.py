@@ -198,7 +198,7 @@ def tune(cases: tuple[Case, ...], results: Results, table: Path, until: float) -
             print(f"no time for {case}")
             continue
         key = (case.format, case.m, case.exact)
-        tried = best[key][:6] if key in best else candidates(case.format, case.m, case.exact)
+        tried = best[key][:6] if key in best else candidates(case.m, case.exact)
         about = {
             "tune": str(case.format),
             "k": case.shape[0],

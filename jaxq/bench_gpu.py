@@ -21,7 +21,6 @@ from jaxtyping import Array
 from jaxq.bench import FORMATS, Row, random_array
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Format
-from jaxq.formats.codebook import Codebook
 from jaxq.formats.prepared import PreparedArray, prepare
 from jaxq.kernels import tuning
 from jaxq.kernels.gpu import run as dispatch
@@ -38,13 +37,6 @@ ROWS = tuple(
     for unroll in (1, 2)
     for stages in (2, 1)
 ) + tuple(Settings(rows, 64, 1, 1, stages=2) for rows in (2, 4, 8))
-
-#: More of them where tables are looked up by shuffles.
-MIXED = tuple(
-    Settings(rows, 128, 1, unroll, stages=stages, mixed=mixed)
-    for rows, unroll, mixed in ((2, 2, 2), (4, 2, 2), (1, 4, 4), (2, 4, 4), (1, 2, 2))
-    for stages in (2, 1)
-)
 
 #: Candidates for tiles on tensor cores.
 TILES = tuple(
@@ -151,6 +143,7 @@ def measure(
         prepared = prepare(array, "gpu", activations=kind)
         if isinstance(prepared, PreparedArray):
             cases[f"gpu {kind}"] = prepared
+    several = {name: copies(case) for name, case in cases.items()}
     copy, rows = copy_bandwidth(), []
     for tokens in batches:
         x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
@@ -158,7 +151,7 @@ def measure(
         for name, case in cases.items():
             product = jax.jit(lambda x, w: x @ w)
             error = error_of(product(x, case), expected)
-            seconds = device_seconds(product, [(x, some) for some in copies(case)], repeats)
+            seconds = device_seconds(product, [(x, some) for some in several[name]], repeats)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(case))
             row = Row(
                 op=format.name,
@@ -176,11 +169,9 @@ def measure(
     return rows
 
 
-def candidates(format: Format, tokens: int, exact: bool) -> tuple[Settings, ...]:
+def candidates(tokens: int, exact: bool) -> tuple[Settings, ...]:
     """What to try for so many tokens."""
-    if not dispatch.by_rows(tokens, exact):
-        return TILES
-    return ROWS + MIXED if tokens == 1 and isinstance(format, Codebook) and (exact or format.bits == 4) else ROWS
+    return ROWS if dispatch.by_rows(tokens, exact) else TILES
 
 
 def search(
@@ -253,7 +244,7 @@ def tune(
             for tokens in batches:
                 if not 1 <= tokens <= dispatch.most_tokens(exact=False):
                     continue
-                order = search(array, tokens, False, candidates(format, tokens, exact=False))
+                order = search(array, tokens, False, candidates(tokens, exact=False))
                 if order:
                     save(path, format, shape, tokens, False, order[0].settings)
                     if on_best is not None:

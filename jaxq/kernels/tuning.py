@@ -1,8 +1,7 @@
 """Block sizes found by search: a table that ships with the package, over which the user's own goes.
 
 Both are JSON: device -> "op bits" -> a list of {"n", "k", "m", "group", and the settings}, where one group of all
-inputs is one of k. `jaxq bench kernels --tune`
-writes the user's, in the cache folder (`JAXQ_CACHE`).
+inputs is one of k. `jaxq bench kernels --tune` writes the user's, in the cache folder (`JAXQ_CACHE`).
 """
 
 from __future__ import annotations

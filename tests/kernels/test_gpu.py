@@ -112,11 +112,11 @@ def test_tiles(format):
 def test_settings_change_no_value():
     array = random_array(Codebook(4), 780, OUT)
     several = (
-        Settings(1, 64, 1, 2, mixed=2),
+        Settings(1, 64, 1, 2),
         Settings(4, 512, 1),
-        Settings(2, 32, 1, 4, mixed=4),
+        Settings(2, 32, 1, 4),
         Settings(2, 32, 1, stages=2),
-        Settings(2, 32, 1, 2, stages=2, mixed=2),
+        Settings(2, 32, 1, 2, stages=2),
     )
     prepared, x = jaxq.prepare(array, "gpu"), jnp.asarray(normal(1, 780), jnp.float16)
     for settings in several:

@@ -152,6 +152,9 @@ class Planes:
             found.append(([word for some in nibbles for word in look_up(instructions, some, runs)], None))
         return found
 
+    def shuffles(self, exact: bool) -> bool:
+        return False  # Lanes of a warp have different groups.
+
     def exact(
         self, instructions: Instructions, state: Any, own: list[list[Array]], planes: list[Array]
     ) -> list[Any]:

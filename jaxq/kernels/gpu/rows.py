@@ -88,27 +88,28 @@ def matvec(
 
         states = [decoder.begin(tile(n, 0)) for n in ns]
 
-        mixed = settings.mixed
-        shuffles = tokens == 1 and getattr(decoder, "shuffles", lambda exact: False)(exact)
+        shuffles = tokens == 1 and decoder.shuffles(exact)
         decode = decoder.exact if exact else decoder.decode
 
         def added(index: Any, weights: Any, sums: Any) -> Any:
-            permuted = [part for part in range(unroll) if not shuffles or 0 < part % mixed == mixed - 1]
             xs = [[inputs_of(token, index * unroll + part) for part in range(unroll)] for token in range(tokens)]
             result = []
             for row, state in enumerate(states):
-                some = [weights[part][row] for part in range(unroll)]
-                totals = list(sums[row])
-                for place in sorted(set(range(unroll)) - set(permuted)):
-                    x = xs[0][place] if exact else [[halves(word) for word in words] for words in xs[0][place]]
-                    totals = [decoder.shuffled_sum(instructions, state, some[place][0], x, *totals)]
-                if permuted:
-                    parts = [decode(instructions, state, some[place][1], some[place][0]) for place in permuted]
-                    totals = [
-                        _accumulated(instructions, total, parts, [x[place] for place in permuted], exact)
-                        for total, x in zip(totals, xs, strict=True)
-                    ]
-                result.append(tuple(totals))
+                some = [chunk[row] for chunk in weights]
+                if shuffles:
+                    (total,) = sums[row]
+                    for (planes, _), x in zip(some, xs[0], strict=True):
+                        x = x if exact else [[halves(word) for word in words] for words in x]
+                        total = decoder.shuffled_sum(instructions, state, planes, x, total)
+                    result.append((total,))
+                    continue
+                parts = [decode(instructions, state, own, planes) for planes, own in some]
+                result.append(
+                    tuple(
+                        _accumulated(instructions, total, parts, x, exact)
+                        for total, x in zip(sums[row], xs, strict=True)
+                    )
+                )
             return tuple(result)
 
         def step(index: Any, sums: Any) -> Any:

@@ -29,8 +29,6 @@ class Settings:
         split: parts that the inputs are cut into, whose sums are added afterwards; for tiles only.
         stages: steps whose reads are under way together: row by row 1, or 2 in registers; for tiles as many as
             the compiler shall keep in shared memory.
-        mixed: where tables are looked up by shuffles, one read in so many goes by permutes instead, which keep
-            other units busy; 1: none. For one token only.
     """
 
     rows: int
@@ -39,7 +37,6 @@ class Settings:
     unroll: int = 1
     split: int = 1
     stages: int = 1
-    mixed: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +87,10 @@ class Decoder(Protocol):
         self, instructions: Instructions, state: Any, own: Any, planes: list[Array]
     ) -> list[tuple[list[tuple[Array, Array]], Array | None]]:
         """The same with both halves of each pair in float32, not rounded to 16 bits."""
+        ...
+
+    def shuffles(self, exact: bool) -> bool:
+        """Whether `shuffled_sum`, which only then has to be there, is faster for one token than decoding."""
         ...
 
 

@@ -153,6 +153,9 @@ class Grid:
             found.append((pairs, scale))
         return found
 
+    def shuffles(self, exact: bool) -> bool:
+        return False  # Lanes of a warp have different groups.
+
     def exact(self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]) -> list[Any]:
         return pairs_exactly(self, instructions, state, own, planes)
 
