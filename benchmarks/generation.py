@@ -68,6 +68,7 @@ def main() -> None:
     in_xla: dict[str, str] = {}
     cases: dict[str, Any] = {
         "jaxq native": jaxq.prepare(opened.model.params, on_fallback=in_xla.__setitem__),
+        "jaxq native int8": jaxq.prepare(opened.model.params, activations="int8"),
         "jaxq xla": opened.model.params,
     }
     for path, why in list(in_xla.items())[:1]:
@@ -80,7 +81,7 @@ def main() -> None:
         for count in (1, args.tokens + 1):
             start = time.perf_counter()
             models.generate(
-                language, params, [ids], max_new_tokens=count, temperature=0.0, transform=jaxq.quantized
+                language, params, [ids], max_new_tokens=count, temperature=0.0, eos=(), transform=jaxq.quantized
             )
             seconds.append(time.perf_counter() - start)
         return args.tokens / (seconds[1] - seconds[0])

@@ -22,7 +22,7 @@ import jax
 from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent / "src"
-BASE = ("-std=c++17", "-O2", "-fPIC", "-pthread")
+BASE = ("-std=c++17", "-O3", "-fPIC", "-pthread")
 
 #: Flags of the instruction sets of each processor family, beside the plain one that every family has.
 SETS = {

@@ -17,9 +17,6 @@ from jaxq.kernels.native import call, lines
 #: Groups of a row are stored up to a multiple of this.
 GROUPS = 16
 
-#: Tokens up to which integers are faster than decoding a tile to floats, by bytes of an activation.
-INTEGER_TOKENS = {1: 16, 2: 12, 3: 8}
-
 #: Axes of the first part of one matrix.
 AXES = 2
 
@@ -74,11 +71,10 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
-    format, digits = prepared.format, prepared.digits
+    format = prepared.format
     attributes = {
         "bits": np.int32(format.bits),
         "group_size": np.int64(format.rows_per_group(x.shape[-1])),
-        "digits": np.int32(digits),
-        "integer_tokens": np.int64(INTEGER_TOKENS[digits]),
+        "digits": np.int32(prepared.digits),
     }
     return call("jaxq_uniform", x, *prepared.parts, out_size=prepared.parts[0].shape[-2], **attributes)

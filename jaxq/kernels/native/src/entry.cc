@@ -1,9 +1,11 @@
 // What XLA calls: checks shapes, prepares activations, hands rows out to threads.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <thread>
@@ -73,6 +75,93 @@ class Buffer {
   T* data_;
 };
 
+// Parts of [0, count) that several threads take from.
+class Job {
+ public:
+  Job(int64_t workers, int64_t parts, int64_t size, int64_t count, int64_t scratch_floats,
+      std::function<void(int64_t, int64_t, float*)> work)
+      : parts_(parts), size_(size), count_(count), stride_(ceil_div(scratch_floats, 16) * 16), work_(std::move(work)),
+        scratch_(workers * stride_) {}
+  // Takes parts until none is left. At most `workers` threads may call this.
+  void take() {
+    float* scratch = scratch_.get() + worker_.fetch_add(1) * stride_;
+    for (int64_t part; (part = next_.fetch_add(1)) < parts_;) {
+      work_(part * size_, std::min(count_, (part + 1) * size_), scratch);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  bool done() const { return done_.load(std::memory_order_acquire) >= parts_; }
+
+ private:
+  const int64_t parts_, size_, count_, stride_;
+  const std::function<void(int64_t, int64_t, float*)> work_;
+  Buffer<float> scratch_;
+  std::atomic<int64_t> worker_{0}, next_{0}, done_{0};
+};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Where threads that have helped wait a moment for the next job. A product of a small matrix takes as long as it takes
+// to wake a thread, and in a decoding step the next one follows within microseconds.
+class Waiting {
+ public:
+  // Gives the job to waiting threads; how many of `helpers` are still wanted.
+  int64_t offer(const std::shared_ptr<Job>& job, int64_t helpers) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t given = std::min(helpers, idle_ - claimed_);
+    if (given > 0) {
+      // A job whose threads have not come yet is finished by its own caller.
+      job_ = job;
+      claimed_ = given;
+      version_.fetch_add(1, std::memory_order_release);
+    }
+    return helpers - std::max<int64_t>(given, 0);
+  }
+  // Helps with what is offered until nothing has been for a while.
+  void help() {
+    int64_t seen = enter();
+    for (auto since = Clock::now(); Clock::now() - since < kPatience;) {
+      for (int i = 0; i < 16 && version_.load(std::memory_order_acquire) == seen; ++i) pause();
+      if (version_.load(std::memory_order_acquire) == seen) continue;
+      if (const std::shared_ptr<Job> job = accept(&seen)) {
+        job->take();
+        seen = enter();
+        since = Clock::now();
+      }
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    --idle_;
+    claimed_ = std::min(claimed_, idle_);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kPatience = std::chrono::microseconds(50);
+
+  int64_t enter() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++idle_;
+    return version_.load();
+  }
+  std::shared_ptr<Job> accept(int64_t* seen) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    *seen = version_.load();
+    if (claimed_ <= 0) return nullptr;
+    --claimed_;
+    --idle_;
+    return claimed_ ? job_ : std::move(job_);
+  }
+
+  std::mutex mutex_;
+  std::atomic<int64_t> version_{0};
+  std::shared_ptr<Job> job_;
+  int64_t idle_ = 0, claimed_ = 0;
+};
+
 // Calls work(begin, end, scratch) on parts of [0, count), which begin at multiples of `least`, until all is done. The
 // caller works too and waits only for parts that somebody has begun: a pool whose threads all wait here would otherwise
 // never run the rest. `work` must not throw: others still use it then.
@@ -84,24 +173,17 @@ void parallel(ffi::ThreadPool& pool, int64_t count, int64_t least, int64_t scrat
   // Several parts for each thread even out what else the machine does.
   const int64_t size = std::max(least, ceil_div(ceil_div(count, threads * 4), least) * least);
   const int64_t parts = ceil_div(count, size), workers = std::min(threads, parts);
-  const int64_t stride = ceil_div(scratch_floats, 16) * 16;
-  struct State {
-    explicit State(int64_t floats) : scratch(floats) {}
-    std::atomic<int64_t> worker{0}, next{0}, done{0};
-    Buffer<float> scratch;
-  };
-  auto state = std::make_shared<State>(workers * stride);
-  if (workers == 1) return work(0, count, state->scratch.get());
-  const auto take = [state, parts, size, count, stride, &work] {
-    float* scratch = state->scratch.get() + state->worker.fetch_add(1) * stride;
-    for (int64_t part; (part = state->next.fetch_add(1)) < parts;) {
-      work(part * size, std::min(count, (part + 1) * size), scratch);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t helper = 1; helper < workers; ++helper) pool.Schedule(std::function<void()>(take));
-  take();
-  while (state->done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
+  if (workers == 1) return work(0, count, Buffer<float>(scratch_floats).get());
+  // Not destroyed when the process ends: threads of XLA may still wait in it.
+  static Waiting& waiting = *new Waiting;
+  const auto job = std::make_shared<Job>(workers, parts, size, count, scratch_floats, std::cref(work));
+  for (int64_t wanted = waiting.offer(job, workers - 1); wanted > 0; --wanted)
+    pool.Schedule([job] {
+      job->take();
+      waiting.help();
+    });
+  job->take();
+  while (!job->done()) pause();
 }
 
 using Dims = ffi::Span<const int64_t>;
@@ -203,7 +285,7 @@ ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   for (int64_t b = 0; b < batch.count; ++b) {
     const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
     parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
-      k.order(from + begin * inputs, end - begin, inputs, padded, ordered.get() + begin * padded);
+      k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
     });
     const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
                   y->typed_data() + b * batch.tokens * rows};
@@ -219,7 +301,7 @@ ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
 
 ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
                    ffi::Buffer<ffi::U8> zero, ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size,
-                   int32_t digits, int64_t integer_tokens) try {
+                   int32_t digits) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), s = scale.dimensions(),
              z = zero.dimensions();
   if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
@@ -243,7 +325,7 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       (grid.groups > 1 && group_size % kRun != 0))
     return wrong("groups do not fit");
   const Kernels& k = kernels();
-  const bool integer = batch.tokens <= integer_tokens;
+  const bool integer = batch.tokens <= k.integer_tokens[digits];
   const int64_t groups = integer ? batch.tokens * grid.padded_groups : 0;
   const int64_t digit_bytes = integer ? batch.tokens * digits * padded : 0;
   Buffer<float> ordered(integer ? 0 : batch.tokens * padded), units(groups), sums(groups);
@@ -256,7 +338,7 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
                   y->typed_data() + b * batch.tokens * rows};
     if (!integer) {
       parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
-        k.order(from + begin * inputs, end - begin, inputs, padded, ordered.get() + begin * padded);
+        k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
       });
       parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups), [&](int64_t begin, int64_t end, float* scratch) {
         k.grid(c, grid, ordered.get(), begin, end, scratch);
@@ -376,8 +458,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("bits")
                                   .Attr<int64_t>("group_size")
-                                  .Attr<int32_t>("digits")
-                                  .Attr<int64_t>("integer_tokens"));
+                                  .Attr<int32_t>("digits"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_bitplane, bitplane,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -31,10 +31,12 @@ struct BFloat {
 
 }  // namespace
 
-#include "products.h"
+#include "codes.h"
+#include "integer.h"
+#include "planes.h"
 #include "tables.h"
 
 extern const Kernels JAXQ_TABLE;
-const Kernels JAXQ_TABLE = {order, digits, subset_sums, lookup, grid, integer, planes, planes_dense, tables};
+const Kernels JAXQ_TABLE = {{0, Simd::kIntegerTokens[0], Simd::kIntegerTokens[1], Simd::kIntegerTokens[2]}, order, digits, subset_sums, lookup, grid, integer, planes, planes_dense, tables};
 
 }  // namespace jaxq

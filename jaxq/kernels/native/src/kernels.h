@@ -83,8 +83,10 @@ struct Sums {
 
 // Rows are handed out in [begin, end); for planes these are tiles. `scratch` has `code_scratch` or `kPlaneScratch` floats.
 struct Kernels {
+  // Tokens up to which integer products of so many digits are faster than floating ones.
+  int64_t integer_tokens[4];
   // Activations in the order in which decoded vectors come: (tokens, inputs) to (tokens, padded).
-  void (*order)(const float* x, int64_t tokens, int64_t inputs, int64_t padded, float* out);
+  void (*order)(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out);
   void (*digits)(const float* x, int64_t inputs, int64_t padded, const Grid&, int count, int64_t begin, int64_t end,
                  int8_t* bytes, float* units, float* sums);
   void (*subset_sums)(const float* x, int64_t inputs, const Planes&, int count, int64_t begin, int64_t end,
@@ -113,8 +115,8 @@ constexpr int64_t kSlab = 1024;
 constexpr int64_t kSlabStride = kSlab + 16;
 constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kPlaneScratch = kTile * kSlabStride;
-// Decoded rows and two numbers a group, or three numbers a group.
-static inline int64_t code_scratch(int64_t padded_groups) { return kRowsAtOnce * kSlabStride + 3 * padded_groups; }
+// Decoded rows, and two numbers a group for each.
+static inline int64_t code_scratch(int64_t padded_groups) { return kRowsAtOnce * (kSlabStride + 2 * padded_groups); }
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2;

@@ -2,7 +2,8 @@
 #pragma once
 
 struct Simd {
-  static constexpr int kBytes = 32, kFloats = 8, kBatch = 3;
+  static constexpr int kBytes = 32, kFloats = 8, kBatch = 3, kRows = 2, kTokens = 4, kFew = 2;
+  static constexpr int64_t kIntegerTokens[3] = {512, 12, 8};
   using V = __m256i;
   using F = __m256;
 
@@ -16,6 +17,8 @@ struct Simd {
   static V right16(V a, int n) { return _mm256_srli_epi16(a, n); }
   static V left16(V a, int n) { return _mm256_slli_epi16(a, n); }
   static V left32(V a, int n) { return _mm256_slli_epi32(a, n); }
+  static V right32(V a, int n) { return _mm256_srli_epi32(a, n); }
+  static F lookup(F table, V index) { return _mm256_permutevar8x32_ps(table, index); }
   static V add16(V a, V b) { return _mm256_add_epi16(a, b); }
   static V sub16(V a, V b) { return _mm256_sub_epi16(a, b); }
   static V add32(V a, V b) { return _mm256_add_epi32(a, b); }
@@ -57,6 +60,16 @@ struct Simd {
   static F scales(const float* p) { return _mm256_loadu_ps(p); }
   static F scales(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F scales(const BFloat* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  template <int n>
+  static F repeated(const float* p) {
+    if (n == 8) return _mm256_loadu_ps(p);
+    if (n == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return _mm256_castsi256_ps(_mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  template <int n>
+  static F repeated(const Half* p) { return _mm256_cvtph_ps(repeated16<n>(p)); }
+  template <int n>
+  static F repeated(const BFloat* p) { return widen(repeated16<n>(p)); }
   static F lane_scales(const float* p) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 16), 1);
   }
@@ -69,6 +82,13 @@ struct Simd {
 
  private:
   static F widen(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+  template <int n>
+  static __m128i repeated16(const void* p) {
+    const __m128i* at = static_cast<const __m128i*>(p);
+    if (n == 8) return _mm_loadu_si128(at);
+    if (n == 4) return _mm_broadcastq_epi64(_mm_loadl_epi64(at));
+    return _mm_broadcastd_epi32(_mm_loadu_si32(at));
+  }
   template <class T>
   static __m128i fours(const T* p) {
     return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),

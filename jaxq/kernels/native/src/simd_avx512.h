@@ -2,7 +2,8 @@
 #pragma once
 
 struct Simd {
-  static constexpr int kBytes = 64, kFloats = 16, kBatch = 4;
+  static constexpr int kBytes = 64, kFloats = 16, kBatch = 4, kRows = 4, kTokens = 8, kFew = 16;
+  static constexpr int64_t kIntegerTokens[3] = {512, 0, 0};
   using V = __m512i;
   using F = __m512;
 
@@ -16,6 +17,8 @@ struct Simd {
   static V right16(V a, int n) { return _mm512_srli_epi16(a, static_cast<unsigned>(n)); }
   static V left16(V a, int n) { return _mm512_slli_epi16(a, static_cast<unsigned>(n)); }
   static V left32(V a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+  static V right32(V a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
+  static F lookup(F table, V index) { return _mm512_permutexvar_ps(index, table); }
   static V add16(V a, V b) { return _mm512_add_epi16(a, b); }
   static V sub16(V a, V b) { return _mm512_sub_epi16(a, b); }
   static V add32(V a, V b) { return _mm512_add_epi32(a, b); }
@@ -51,6 +54,17 @@ struct Simd {
   static F scales(const float* p) { return _mm512_loadu_ps(p); }
   static F scales(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F scales(const BFloat* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  template <int n>
+  static F repeated(const float* p) {
+    if (n == 16) return _mm512_loadu_ps(p);
+    if (n == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    if (n == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    return _mm512_castsi512_ps(_mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  template <int n>
+  static F repeated(const Half* p) { return _mm512_cvtph_ps(repeated16<n>(p)); }
+  template <int n>
+  static F repeated(const BFloat* p) { return widen(repeated16<n>(p)); }
   static F lane_scales(const float* p) {
     __m512 a = _mm512_castps128_ps512(_mm_loadu_ps(p));
     a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 16), 1);
@@ -68,6 +82,14 @@ struct Simd {
 
  private:
   static F widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+  template <int n>
+  static __m256i repeated16(const void* p) {
+    const __m128i* at = static_cast<const __m128i*>(p);
+    if (n == 16) return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    if (n == 8) return _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
+    if (n == 4) return _mm256_broadcastq_epi64(_mm_loadl_epi64(at));
+    return _mm256_broadcastd_epi32(_mm_loadu_si32(at));
+  }
   template <class T>
   static __m256i fours(const T* p) {
     const __m128i low = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),

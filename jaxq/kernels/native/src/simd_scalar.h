@@ -5,7 +5,8 @@
 
 struct Simd {
   // kBatch: tokens that a product of four rows takes at once, by the number of registers.
-  static constexpr int kBytes = 16, kFloats = 4, kBatch = 2;
+  static constexpr int kBytes = 16, kFloats = 4, kBatch = 2, kRows = 1, kTokens = 2, kFew = 2;
+  static constexpr int64_t kIntegerTokens[3] = {16, 12, 8};
   struct V {
     uint8_t b[16];
   };
@@ -24,6 +25,13 @@ struct Simd {
   static V right16(V a, int n) { return each16(a, a, [n](uint16_t x, uint16_t) { return static_cast<uint16_t>(x >> n); }); }
   static V left16(V a, int n) { return each16(a, a, [n](uint16_t x, uint16_t) { return static_cast<uint16_t>(x << n); }); }
   static V left32(V a, int n) { return each32(a, a, [n](uint32_t x, uint32_t) { return x << n; }); }
+  static V right32(V a, int n) { return each32(a, a, [n](uint32_t x, uint32_t) { return x >> n; }); }
+  // Number `index` of the table, by as many low bits as it takes.
+  static F lookup(F table, V index) {
+    F r;
+    for (int i = 0; i < 4; ++i) r.f[i] = table.f[index.b[4 * i] & 3];
+    return r;
+  }
   static V add16(V a, V b) { return each16(a, b, [](uint16_t x, uint16_t y) { return static_cast<uint16_t>(x + y); }); }
   static V sub16(V a, V b) { return each16(a, b, [](uint16_t x, uint16_t y) { return static_cast<uint16_t>(x - y); }); }
   static V add32(V a, V b) { return each32(a, b, [](uint32_t x, uint32_t y) { return x + y; }); }
@@ -75,6 +83,9 @@ struct Simd {
   }
   template <class T>
   static F scales(const T* p) { return F{{wide(p[0]), wide(p[1]), wide(p[2]), wide(p[3])}}; }
+  // n numbers, again and again.
+  template <int n, class T>
+  static F repeated(const T* p) { return F{{wide(p[0]), wide(p[1]), wide(p[2 % n]), wide(p[3 % n])}}; }
   template <class T>
   static F lane_scales(const T* p) { return scales(p); }
   static void lane_store(float* p, F a) { storef(p, a); }

@@ -1,0 +1,469 @@
+// Products of codes with activations in floating point. Included once by each translation unit of one instruction set.
+#pragma once
+
+// Shifts by a run's place must be constants, and arrays of vectors registers. Plain C++ gains nothing from it.
+#if defined(JAXQ_ISA_SCALAR)
+#define JAXQ_UNROLL(n)
+#else
+#define JAXQ_PRAGMA(text) _Pragma(#text)
+#define JAXQ_UNROLL(n) JAXQ_PRAGMA(GCC unroll n)
+#endif
+#define JAXQ_INLINE __attribute__((always_inline))
+
+namespace {
+
+using V = Simd::V;
+using F = Simd::F;
+constexpr int kParts = static_cast<int>(kRun / Simd::kBytes);  // vectors in a run
+
+// A number known when this is compiled.
+template <int k>
+struct Int {
+  static constexpr int value = k;
+};
+
+// body(Int<0>), ..., body(Int<n - 1>), without a loop: arrays that only these index become registers early on.
+template <int n, class Body>
+JAXQ_INLINE inline void each(const Body& body) {
+  if constexpr (n > 0) {
+    each<n - 1>(body);
+    body(Int<n - 1>{});
+  }
+}
+
+// The codes of vector `part` of run `run` of a block, one in each byte. `run` is known when this is compiled. Loose
+// ones have other bits above their own.
+template <int kBits, bool kLoose = false>
+inline V codes_of(const uint8_t* block, int run, int part) {
+  constexpr int kNarrow = kBits == 3 ? 2 : kBits;
+  constexpr int kRunsInLine = 8 / kNarrow;
+  const uint8_t* line = block + (run / kRunsInLine) * kRun + part * Simd::kBytes;
+  const V low = Simd::right16(Simd::load(line), (run % kRunsInLine) * kNarrow);
+  if (kBits != 3) return kLoose ? low : Simd::both(low, Simd::set8((1 << kNarrow) - 1));
+  const V bits = Simd::load(block + 2 * kRun + part * Simd::kBytes);
+  const V high = run >= 2 ? Simd::right16(bits, run - 2) : Simd::left16(bits, 2 - run);
+  return Simd::either(Simd::both(low, Simd::set8(3)), Simd::both(high, Simd::set8(kLoose ? ~3 : 4)));
+}
+
+// Whether a vector of floats holds the value of every code.
+template <int kBits>
+constexpr bool kFits = (1 << kBits) <= Simd::kFloats;
+
+// Values of a vector of codes come as four vectors of floats. Vector q holds inputs 4 * i + q where a vector of floats
+// is the table, and 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
+void order(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out) {
+  const bool lanes = 1 << bits > Simd::kFloats;
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* from = x + token * inputs;
+    float* to = out + token * padded;
+    for (int64_t start = 0; start < padded; start += Simd::kBytes)
+      for (int q = 0; q < 4; ++q)
+        for (int i = 0; i < Simd::kFloats; ++i) {
+          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : 4 * i + q);
+          *to++ = input < inputs ? from[input] : 0.0f;
+        }
+  }
+}
+
+// ---- values of codes: `start` before the first run, `next` after each, and a call for each vector of codes, which
+// gives something whose element q is a vector of floats ----
+
+// Looked up when it is asked for: there are not registers enough for four vectors of several rows.
+struct Found {
+  F table;
+  V codes;
+  F operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
+};
+
+struct Four {
+  F v[4];
+  F operator[](int q) const { return v[q]; }
+};
+
+// Leading bytes of a float32 that numbers of a type use: half precision has 11 significant bits.
+template <class T>
+constexpr int kBytesOf = 4;
+template <>
+constexpr int kBytesOf<Half> = 3;
+template <>
+constexpr int kBytesOf<BFloat> = 2;
+
+// A table of 16 numbers by bytes, for vectors that do not hold as many floats: exact too.
+template <class T>
+struct BytePlanes {
+  static constexpr int kBytesOfValue = kBytesOf<T>;
+  V planes[kBytesOfValue];
+
+  explicit BytePlanes(const T* values, int entries) {
+    // Codes never exceed the entries; the rest is filled so that nothing is left undefined.
+    T all[16];
+    for (int i = 0; i < 16; ++i) all[i] = values[i & (entries - 1)];
+    float wide[16];
+    for (int i = 0; i < 16; i += Simd::kFloats) Simd::storef(wide + i, Simd::scales(all + i));
+    // The most significant byte first.
+    uint8_t bytes[16 * kBytesOfValue];
+    for (int i = 0; i < 16; ++i) {
+      uint32_t word;
+      __builtin_memcpy(&word, wide + i, 4);
+      for (int p = 0; p < kBytesOfValue; ++p) bytes[16 * p + i] = static_cast<uint8_t>(word >> (24 - 8 * p));
+    }
+    for (int p = 0; p < kBytesOfValue; ++p) planes[p] = Simd::broadcast16(bytes + 16 * p);
+  }
+  Four operator()(V codes) const {
+    const V zero = Simd::zero();
+    const V b3 = Simd::pick(planes[0], codes), b2 = Simd::pick(planes[1], codes);
+    const V b1 = kBytesOfValue > 2 ? Simd::pick(planes[kBytesOfValue > 2 ? 2 : 0], codes) : zero;
+    const V b0 = kBytesOfValue > 3 ? Simd::pick(planes[kBytesOfValue > 3 ? 3 : 0], codes) : zero;
+    const V upper_low = Simd::low8(b2, b3), upper_high = Simd::high8(b2, b3);
+    const V lower_low = kBytesOfValue > 2 ? Simd::low8(b0, b1) : zero;
+    const V lower_high = kBytesOfValue > 2 ? Simd::high8(b0, b1) : zero;
+    return Four{{Simd::as_float(Simd::low16(lower_low, upper_low)), Simd::as_float(Simd::high16(lower_low, upper_low)),
+                 Simd::as_float(Simd::low16(lower_high, upper_high)), Simd::as_float(Simd::high16(lower_high, upper_high))}};
+  }
+};
+
+// One table for each row.
+template <int kBits, class T, int kRows, bool = kFits<kBits>>
+struct TableValues {
+  static constexpr bool kLoose = true;
+  F table[kRows];
+
+  JAXQ_INLINE explicit TableValues(const T* values) {
+    each<kRows>([&](auto r) JAXQ_INLINE { table[r.value] = Simd::repeated<1 << kBits>(values + (r.value << kBits)); });
+  }
+  void start(int64_t) {}
+  void next() {}
+  template <class R>
+  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
+};
+template <int kBits, class T, int kRows>
+struct TableValues<kBits, T, kRows, false> {
+  static_assert(kRows == 1, "there are not registers enough");
+  static constexpr bool kLoose = false;
+  BytePlanes<T> table;
+
+  explicit TableValues(const T* values) : table(values, 1 << kBits) {}
+  void start(int64_t) {}
+  void next() {}
+  template <class R>
+  JAXQ_INLINE Four operator()(R, V codes) const { return table(codes); }
+};
+
+// Where a row's groups begin. What lies beyond the last group stays in it.
+struct Groups {
+  int64_t runs, count;
+  int64_t group = 0, left = 0;
+
+  void start(int64_t run) {
+    group = run / runs;
+    left = (group + 1) * runs - run;
+  }
+  // Whether a group begins after this run.
+  bool next() {
+    if (--left) return false;
+    left = runs;
+    ++group;
+    return true;
+  }
+  int64_t at() const { return group < count ? group : count - 1; }
+};
+
+template <int kBits, int kMask = (1 << kBits) - 1>
+alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
+    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
+
+// (code - zero) * scale of each group: a table of its own. Scales, then zero points of a row, `stride` floats each.
+template <int kBits, int kRows, bool = kFits<kBits>>
+struct GridValues {
+  static constexpr bool kLoose = true;
+  const float* scales;
+  int64_t stride;
+  Groups groups;
+  F table[kRows];
+
+  GridValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups.next()) enter();
+  }
+  JAXQ_INLINE void enter() {
+    const float* at = scales + groups.at();
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      const F scale = Simd::setf(at[2 * r.value * stride]), zero = Simd::setf(at[(2 * r.value + 1) * stride]);
+      table[r.value] = Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), zero), scale);
+    });
+  }
+  template <class R>
+  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
+};
+
+// Or a code becomes a float by standing below the exponent of 2^23.
+template <int kBits, int kRows>
+struct GridValues<kBits, kRows, false> {
+  static_assert(kRows == 1, "there are not registers enough");
+  static constexpr bool kLoose = false;
+  const float* scales;
+  int64_t stride;
+  Groups groups;
+  F scale, zero;
+
+  GridValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups.next()) enter();
+  }
+  JAXQ_INLINE void enter() {
+    const float* at = scales + groups.at();
+    scale = Simd::setf(at[0]);
+    zero = Simd::setf(8388608.0f + at[stride]);
+  }
+  template <class R>
+  JAXQ_INLINE Four operator()(R, V codes) const {
+    const V none = Simd::zero(), exponent = Simd::set16(0x4B00);
+    const V low = Simd::low8(codes, none), high = Simd::high8(codes, none);
+    const V words[4] = {Simd::low16(low, exponent), Simd::high16(low, exponent), Simd::low16(high, exponent),
+                        Simd::high16(high, exponent)};
+    Four out;
+    each<4>([&](auto q) JAXQ_INLINE {
+      out.v[q.value] = Simd::mulf(Simd::subf(Simd::as_float(words[q.value]), zero), scale);
+    });
+    return out;
+  }
+};
+
+template <class T>
+inline void widen_scales(const T* scale, const uint8_t* zero, int64_t padded, float* scales, float* zeros) {
+  for (int64_t g = 0; g < padded; g += Simd::kFloats) {
+    Simd::storef(scales + g, Simd::scales(scale + g));
+    Simd::storef(zeros + g, Simd::bytes_to_float(zero + g));
+  }
+}
+
+inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros) {
+  const int64_t at = row * grid.padded_groups;
+  const uint8_t* zero = grid.zero + at;
+  switch (grid.type) {
+    case kFloat32: return widen_scales(static_cast<const float*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+    case kFloat16: return widen_scales(static_cast<const Half*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+    case kBFloat16: return widen_scales(static_cast<const BFloat*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+  }
+}
+
+// ---- few tokens: values go from the registers of the decoder to those of the product ----
+
+// Bytes that are fetched ahead: some rows, whatever their length.
+constexpr int64_t kAhead = 12288;
+
+// y[token, row] (+)= sum over blocks [first, last) for kRows rows and kTokens tokens.
+template <int kBits, int kRows, int kTokens, class Values>
+inline void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, Values values, const float* x,
+                   int64_t padded) {
+  constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
+  // Each sum waits for the one before it: enough of them side by side hide that.
+  constexpr int kWays = kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
+  F sums[kRows][kTokens][kWays];
+  each<kRows>([&](auto r) JAXQ_INLINE {
+    each<kTokens>([&](auto t) JAXQ_INLINE {
+      each<kWays>([&](auto way) JAXQ_INLINE { sums[r.value][t.value][way.value] = Simd::zerof(); });
+    });
+  });
+  values.start(first * kRuns);
+  const uint8_t* at = c.codes + row * c.row_bytes + first * bytes_in_block(kBits);
+  x += token * padded + first * kRuns * kRun;
+  for (int64_t block = first; block < last; ++block) {
+    // Of several rows at a time the processor does not see by itself what comes next.
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      each<kLines>([&](auto line) JAXQ_INLINE { __builtin_prefetch(at + r.value * c.row_bytes + line.value * 64 + kAhead); });
+    });
+    each<kRuns>([&](auto run) JAXQ_INLINE {
+      each<kParts>([&](auto part) JAXQ_INLINE {
+        const auto values_of = [&](auto r) JAXQ_INLINE {
+          return values(r, codes_of<kBits, Values::kLoose>(at + r.value * c.row_bytes, run.value, part.value));
+        };
+        decltype(values_of(Int<0>{})) found[kRows];
+        each<kRows>([&](auto r) JAXQ_INLINE { found[r.value] = values_of(r); });
+        each<4>([&](auto q) JAXQ_INLINE {
+          F w[kRows];
+          each<kRows>([&](auto r) JAXQ_INLINE { w[r.value] = found[r.value][q.value]; });
+          each<kTokens>([&](auto t) JAXQ_INLINE {
+            const F v = Simd::loadf(x + t.value * padded + q.value * Simd::kFloats);
+            each<kRows>([&](auto r) JAXQ_INLINE {
+              F& sum = sums[r.value][t.value][q.value % kWays];
+              sum = Simd::fma(w[r.value], v, sum);
+            });
+          });
+        });
+        x += Simd::kBytes;
+      });
+      values.next();
+    });
+    at += bytes_in_block(kBits);
+  }
+  each<kTokens>([&](auto t) JAXQ_INLINE {
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      float* y = c.y + (token + t.value) * c.rows + row + r.value;
+      F* sum = sums[r.value][t.value];
+      each<kWays - 1>([&](auto way) JAXQ_INLINE { sum[0] = Simd::addf(sum[0], sum[way.value + 1]); });
+      *y = (first ? *y : 0.0f) + Simd::sum(sum[0]);
+    });
+  });
+}
+
+template <int kBits, int kRows, int kTokens, class ValuesOf>
+inline void direct_rows(const Codes& c, ValuesOf values_of, const float* x, int64_t padded, int64_t begin, int64_t end,
+                        int64_t token, int64_t first, int64_t last) {
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows)
+    direct<kBits, kRows, kTokens>(c, row, token, first, last, values_of(row, Int<kRows>{}), x, padded);
+  for (; row < end; ++row) direct<kBits, 1, kTokens>(c, row, token, first, last, values_of(row, Int<1>{}), x, padded);
+}
+
+template <int kBits, class ValuesOf>
+inline void few_tokens(const Codes& c, ValuesOf values_of, const float* x, int64_t begin, int64_t end) {
+  constexpr int64_t kInputs = runs_in_block(kBits) * kRun;
+  // Rows whose values are in registers, with as many tokens, so that sums stay there too.
+  constexpr int kMost = kFits<kBits> ? Simd::kRows : 1;
+  const int64_t padded = c.blocks * kInputs;
+  // The activations of several tokens are read again for every row: so many inputs at a time stay in the first cache.
+  const int64_t step = c.tokens == 1 ? c.blocks : kSlab / kInputs;
+  for (int64_t first = 0; first < c.blocks; first += step) {
+    const int64_t last = first + step < c.blocks ? first + step : c.blocks;
+    int64_t t = 0;
+    for (; t + Simd::kTokens <= c.tokens; t += Simd::kTokens)
+      direct_rows<kBits, (kMost < 2 ? 1 : 2), Simd::kTokens>(c, values_of, x, padded, begin, end, t, first, last);
+    if constexpr (Simd::kTokens > 4)
+      for (; t + 4 <= c.tokens; t += 4) direct_rows<kBits, kMost, 4>(c, values_of, x, padded, begin, end, t, first, last);
+    if constexpr (Simd::kTokens > 2)
+      for (; t + 2 <= c.tokens; t += 2) direct_rows<kBits, kMost, 2>(c, values_of, x, padded, begin, end, t, first, last);
+    for (; t < c.tokens; ++t) direct_rows<kBits, kMost, 1>(c, values_of, x, padded, begin, end, t, first, last);
+  }
+}
+
+// ---- many tokens: rows are decoded into memory, some inputs at a time ----
+
+template <int kBits, class Values>
+inline void decode(const uint8_t* codes, int64_t first, int64_t last, Values values, float* out) {
+  constexpr int kRuns = static_cast<int>(runs_in_block(kBits));
+  values.start(first * kRuns);
+  for (int64_t block = first; block < last; ++block) {
+    const uint8_t* at = codes + block * bytes_in_block(kBits);
+    each<kRuns>([&](auto run) JAXQ_INLINE {
+      each<kParts>([&](auto part) JAXQ_INLINE {
+        const auto w = values(Int<0>{}, codes_of<kBits, Values::kLoose>(at, run.value, part.value));
+        each<4>([&](auto q) JAXQ_INLINE { Simd::storef(out + q.value * Simd::kFloats, w[q.value]); });
+        out += Simd::kBytes;
+      });
+      values.next();
+    });
+  }
+}
+
+// y[token, row] += w[row] . x[token] for kRowsAtOnce rows and kTokens tokens.
+template <int kTokens>
+inline void product_block(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                          int64_t rows) {
+  F sums[kRowsAtOnce][kTokens];
+  for (int r = 0; r < kRowsAtOnce; ++r)
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = Simd::zerof();
+  for (int64_t k = 0; k < width; k += Simd::kFloats) {
+    F rows_of[kRowsAtOnce];
+JAXQ_UNROLL(4)
+    for (int r = 0; r < kRowsAtOnce; ++r) rows_of[r] = Simd::loadf(w + r * kSlabStride + k);
+JAXQ_UNROLL(4)
+    for (int t = 0; t < kTokens; ++t) {
+      const F v = Simd::loadf(x + t * x_stride + k);
+JAXQ_UNROLL(4)
+      for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = Simd::fma(rows_of[r], v, sums[r][t]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int t = 0; t < kTokens; ++t) y[t * y_stride + r] += Simd::sum(sums[r][t]);
+}
+
+inline void product_tokens(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                           int64_t rows, int64_t tokens) {
+  int64_t t = 0;
+  for (; t + Simd::kBatch <= tokens; t += Simd::kBatch)
+    product_block<Simd::kBatch>(w, width, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows);
+  for (; t + 2 <= tokens; t += 2)
+    product_block<2>(w, width, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows);
+  for (; t < tokens; ++t)
+    product_block<1>(w, width, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows);
+}
+
+// `values_of(row, Int<n>)` gives the decoder of the n rows from that one on; one lives at a time.
+template <int kBits, class ValuesOf>
+inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t begin, int64_t end, float* slab) {
+  if (c.tokens <= Simd::kFew) return few_tokens<kBits>(c, values_of, x, begin, end);
+  constexpr int64_t kInputs = runs_in_block(kBits) * kRun, kBlocks = kSlab / kInputs;
+  for (int64_t row = begin; row < end; row += kRowsAtOnce) {
+    const int64_t rows = end - row < kRowsAtOnce ? end - row : kRowsAtOnce;
+    for (int64_t token = 0; token < c.tokens; ++token)
+      for (int64_t r = 0; r < rows; ++r) c.y[token * c.rows + row + r] = 0.0f;
+    for (int64_t first = 0; first < c.blocks; first += kBlocks) {
+      const int64_t last = first + kBlocks < c.blocks ? first + kBlocks : c.blocks;
+      for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+        // Rows beyond the last are computed from it and thrown away.
+        const int64_t from = row + (r < rows ? r : rows - 1);
+        decode<kBits>(c.codes + from * c.row_bytes, first, last, values_of(from, Int<1>{}), slab + r * kSlabStride);
+      }
+      product_tokens(slab, (last - first) * kInputs, x + first * kInputs, c.blocks * kInputs, c.y + row, c.rows, rows,
+                     c.tokens);
+    }
+  }
+}
+
+template <int kBits, class T>
+void lookup_of(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+  const auto values_of = [&](int64_t row, auto rows) {
+    return TableValues<kBits, T, rows.value>(static_cast<const T*>(table.values) + (row << kBits));
+  };
+  products<kBits>(c, values_of, x, begin, end, scratch);
+}
+
+template <int kBits>
+void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+  switch (table.type) {
+    case kFloat32: return lookup_of<kBits, float>(c, table, x, begin, end, scratch);
+    case kFloat16: return lookup_of<kBits, Half>(c, table, x, begin, end, scratch);
+    case kBFloat16: return lookup_of<kBits, BFloat>(c, table, x, begin, end, scratch);
+  }
+}
+
+void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+  switch (c.bits) {
+    case 1: return lookup_bits<1>(c, table, x, begin, end, scratch);
+    case 2: return lookup_bits<2>(c, table, x, begin, end, scratch);
+    case 3: return lookup_bits<3>(c, table, x, begin, end, scratch);
+    case 4: return lookup_bits<4>(c, table, x, begin, end, scratch);
+  }
+}
+
+template <int kBits>
+void grid_of(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
+  float* scales = scratch + kRowsAtOnce * kSlabStride;
+  const auto values_of = [&](int64_t row, auto rows) {
+    float* at = scales;
+    for (int64_t r = row; r < row + rows.value; ++r, at += 2 * grid.padded_groups)
+      grid_row(grid, r, at, at + grid.padded_groups);
+    return GridValues<kBits, rows.value>(scales, grid.padded_groups, Groups{grid.group_runs, grid.groups});
+  };
+  products<kBits>(c, values_of, x, begin, end, scratch);
+}
+
+void grid(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
+  switch (c.bits) {
+    case 1: return grid_of<1>(c, grid, x, begin, end, scratch);
+    case 2: return grid_of<2>(c, grid, x, begin, end, scratch);
+    case 3: return grid_of<3>(c, grid, x, begin, end, scratch);
+    case 4: return grid_of<4>(c, grid, x, begin, end, scratch);
+  }
+}
+
+}  // namespace
