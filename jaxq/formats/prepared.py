@@ -25,6 +25,7 @@ from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
 from jaxq.kernels.bitplane import gpu as bitplane_gpu
 from jaxq.kernels.bitplane import native as bitplane_native
+from jaxq.kernels.bitplane import native_rows as bitplane_rows
 from jaxq.kernels.bitplane import tpu as bitplane_tpu
 from jaxq.kernels.codebook import gpu as codebook_gpu
 from jaxq.kernels.codebook import native as codebook_native
@@ -48,9 +49,13 @@ DIGITS = {
 #: A sparse overlay goes into the same pass over the weight up to this fraction of it, on GPUs.
 FUSED = 0.01
 
-#: For each kind of device, what lays out and multiplies the arrays of a format.
+#: The layout of bit planes on CPUs as codes by rows, where `bitplane_rows.faster` prefers it.
+ROWS = "cpu-rows"
+
+#: For each kind of device, or one layout on it, what lays out and multiplies the arrays of a format.
 KERNELS: dict[str, dict[type, ModuleType]] = {
     "cpu": {Uniform: uniform_native, Codebook: codebook_native, BitPlane: bitplane_native},
+    ROWS: {BitPlane: bitplane_rows},
     "gpu": {Uniform: uniform_gpu, Codebook: codebook_gpu, BitPlane: bitplane_gpu},
     "tpu": {Uniform: uniform_tpu, Codebook: codebook_tpu, BitPlane: bitplane_tpu},
 }
@@ -63,8 +68,8 @@ class PreparedArray(QuantizedArray):
 
     `parts` are the arrays of the kernel (see `kernels/*/native.py`, `gpu.py`, `tpu.py`), the batch axes leading;
     floating ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last
-    block; `digits` are the bytes that stand for an activation (see `DIGITS`); `target` is "cpu", "gpu" or a
-    generation of TPUs.
+    block; `digits` are the bytes that stand for an activation (see `DIGITS`); `target` is "cpu", `ROWS`, "gpu" or
+    a generation of TPUs.
     """
 
     parts: tuple[Array, ...]
@@ -83,7 +88,7 @@ class PreparedArray(QuantizedArray):
 
     @property
     def kernel(self) -> Any:
-        return KERNELS[self.device][type(self.format)]
+        return _kernel(self.target, self.format)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -103,7 +108,7 @@ class PreparedArray(QuantizedArray):
             return uniform.assemble(*restored, **some)
         if isinstance(self.format, Codebook):
             return codebook.assemble(*restored, **some)
-        if self.device == "gpu":
+        if self.kernel.CODES:
             return bitplane.assemble(*restored, **some)
         planes, scale, offset = restored
         pad = packing.capacity_of(planes.shape[-2], 1) - in_size
@@ -120,7 +125,7 @@ class PreparedArray(QuantizedArray):
             values = uniform.values_of(codes, scale, zero, self.format)
         elif isinstance(self.format, Codebook):
             values = codebook.lookup(*self._restored())
-        elif self.device == "gpu":
+        elif self.kernel.CODES:
             codes, scale, offset = self._restored()
             values = bitplane.values_of(codes, scale, offset, self.format)
         else:
@@ -219,6 +224,16 @@ def _device(target: str) -> str:
     return target.partition("-")[0]
 
 
+def _kernel(target: str, format: Any) -> Any:
+    return KERNELS[target if target in KERNELS else _device(target)][type(format)]
+
+
+def _layout(array: Any, target: str, digits: int) -> str:
+    """`target`, or the one of its layouts that suits an array with activations of so many bytes."""
+    by_rows = target == "cpu" and isinstance(array.format, BitPlane) and digits == DIGITS["cpu"]["float32"]
+    return ROWS if by_rows and bitplane_rows.faster(array) else target
+
+
 def prepare(
     tree: PyTree,
     target: str = "cpu",
@@ -281,7 +296,7 @@ def restore(tree: PyTree) -> PyTree:
 def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
     """(the array in kernel order, ""), or (the array, why not)."""
     if isinstance(leaf, PreparedArray):
-        if leaf.target == target:
+        if leaf.target == _layout(leaf, target, digits):
             return dataclasses.replace(leaf, digits=digits), ""
         return _prepare(leaf.restore(), target, digits)
     if isinstance(leaf, DenseSparseArray):
@@ -294,7 +309,8 @@ def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
         return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
-    kernel: Any = KERNELS[_device(target)][type(leaf.format)]
+    target = _layout(leaf, target, digits)
+    kernel = _kernel(target, leaf.format)
     if why := kernel.unsupported(leaf):
         return leaf, why
     in_size, out_size = leaf.matrix_shape
@@ -307,7 +323,7 @@ def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _lay_out(leaf: Any, target: str) -> tuple[Array, ...]:
-    kernel: Any = KERNELS[_device(target)][type(leaf.format)]
+    kernel = _kernel(target, leaf.format)
     if isinstance(leaf, BitPlaneArray):
-        return kernel.prepare(leaf, leaf.codes() if target == "gpu" else leaf.planes, target)
+        return kernel.prepare(leaf, leaf.codes() if kernel.CODES else leaf.planes, target)
     return kernel.prepare(leaf, packing.unpack(leaf.codes, leaf.format.bits, leaf.matrix_shape[0]), target)

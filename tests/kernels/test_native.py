@@ -46,10 +46,12 @@ CASES = [
     (BitPlane(2, 8), 1029, 66),
     (BitPlane(4, None, "float32"), 7, 130),
     (BitPlane(1, 24, "bfloat16"), 2100, 64),
+    (BitPlane(3, 64, "bfloat16"), 1089, 35),
+    (BitPlane(4, 128), 1300, 9),
 ]
 REPRESENTATIVE = [Codebook(3), Uniform(4, 64), BitPlane(3, 32)]
 #: One token, few and many: each kernel has a way of its own for them.
-TOKENS = (1, 3, 25)
+TOKENS = (1, 3, 15, 25)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_every_format_on_every_instruction_set(format, width, out):
 @pytest.mark.parametrize("format", [Uniform(3, None), BitPlane(3, 64)], ids=str)
 def test_rounded_activations(format):
     array = random_array(format, 700, 70)
-    xs = [normal(tokens, 700, seed=tokens) for tokens in (1, 8)]
+    xs = [normal(tokens, 700, seed=tokens) for tokens in (1, 7)]
     kinds = {"float32": 1e-6, "int16": 1e-4, "int8": 2e-2}
     prepared = {kind: jaxq.prepare(array, activations=kind) for kind in kinds}
     run = jax.jit(lambda qs, xs: {kind: [x @ q for x in xs] for kind, q in qs.items()})
@@ -119,6 +121,29 @@ def test_dtypes_and_leading_axes(format):
     whole, vector, y = jax.jit(lambda q, x, half: (x @ q, x[0, 0] @ q, half @ q))(prepared, x, half)
     assert error(whole, exact(x, array)) < 1e-6 and vector.shape == (30,)
     assert y.dtype == jnp.bfloat16 and error(y, exact(half.astype(jnp.float32), array)) < 4e-3
+
+
+def test_activations_choose_the_layout_of_planes():
+    # Sums of rounded activations want the bits of one plane together, floats those of one weight.
+    array, x = random_array(BitPlane(2, 64), 256, 70), normal(3, 256)
+    exact_one, rounded = jaxq.prepare(array), jaxq.prepare(array, activations="int8")
+    assert (exact_one.parts[0].ndim, rounded.parts[0].ndim) == (2, 4)
+    again = jaxq.prepare(rounded)
+    assert jax.tree.structure(again) == jax.tree.structure(exact_one)
+    jax.tree.map(np.testing.assert_array_equal, again, exact_one)
+    assert error(exact_one.matmul(x), exact(x, array)) < 1e-6 < error(rounded.matmul(x), exact(x, array)) < 2e-2
+    # Groups that begin inside a run have the planes' own layout.
+    assert jaxq.prepare(random_array(BitPlane(2, 8), 256, 70)).parts[0].ndim == 4
+
+
+def test_many_products_from_many_threads():
+    # Threads that wait for the next product take it from any caller.
+    array, x = random_array(Uniform(4, 64), 256, 640), normal(2, 256)
+    prepared, run = jaxq.prepare(array), jax.jit(lambda q, x: x @ q)
+    expected = run(prepared, x)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for y in pool.map(lambda _: run(prepared, x), range(400)):
+            np.testing.assert_array_equal(y, expected)
 
 
 def test_one_program_for_all_platforms():

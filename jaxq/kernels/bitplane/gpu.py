@@ -21,6 +21,9 @@ ONES = 0x3C003C00
 #: Axes of the words of one matrix.
 AXES = 2
 
+#: `prepare` takes and `restore` gives the bits of a weight together.
+CODES = True
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no GPU product; empty if it has one."""

@@ -26,6 +26,9 @@ TABLE_TOKENS = {1: 24, 2: 16, 3: 10}
 #: Axes of the first part of one matrix.
 AXES = 4
 
+#: `prepare` takes and `restore` gives words of planes.
+CODES = False
+
 #: Tokens up to which products are faster than XLA's with a dense weight, decoded for it.
 TOKENS = lines.TOKENS
 

@@ -17,6 +17,9 @@ from jaxq.kernels.tpu.words import take as take
 
 #: Axes of the planes of one matrix.
 AXES = 3
+
+#: `prepare` takes and `restore` gives words of planes.
+CODES = False
 TOKENS = blocks.TOKENS
 
 #: Where the bits of a canonical word lie.

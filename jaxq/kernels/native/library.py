@@ -18,7 +18,7 @@ from jaxq.errors import JaxqError
 from jaxq.kernels.dispatch import vary_as
 from jaxq.kernels.native import build
 
-TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_bitplane", "jaxq_tables")
+TARGETS = ("jaxq_codebook", "jaxq_uniform", "jaxq_levels", "jaxq_bitplane", "jaxq_tables")
 
 #: For `jax.export.export(..., disabled_checks=...)`: a program with native products runs only where jaxq is
 #: loaded.

@@ -10,6 +10,9 @@ RUN = 64
 #: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
 TOKENS = 512
 
+#: Groups of a row are stored up to a multiple of this.
+GROUPS = 16
+
 #: Bits of a code: in how many runs they fill whole lines.
 RUNS = {1: 8, 2: 4, 3: 8, 4: 2}
 
@@ -58,6 +61,11 @@ def _line(runs: UInt8[Array, "*batch runs 64"], bits: int) -> UInt8[Array, "*bat
 
 def _runs(line: UInt8[Array, "*batch 64"], bits: int) -> UInt8[Array, "*batch runs 64"]:
     return jnp.stack([(line >> (bits * run)) & (2**bits - 1) for run in range(8 // bits)], axis=-2)
+
+
+def pad_groups(x: Array) -> Array:
+    """`x` with zeros behind, up to a number of groups (the last axis) that is read by whole vectors."""
+    return pad_to(x, -(-x.shape[-1] // GROUPS) * GROUPS, -1)
 
 
 def pad_to(x: Array, size: int, axis: int) -> Array:

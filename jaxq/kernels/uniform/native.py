@@ -14,9 +14,6 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.native import call, lines
 
-#: Groups of a row are stored up to a multiple of this.
-GROUPS = 16
-
 #: Axes of the first part of one matrix.
 AXES = 2
 
@@ -40,12 +37,11 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """
     del target  # One layout for all processors.
     _, out_size = array.matrix_shape
-    groups = -(-array.scale.shape[-2] // GROUPS) * GROUPS
 
     def rows(x: Array) -> Array:
         if array.format.group_size == "tensor":
             x = jnp.broadcast_to(x, (*x.shape[:-1], out_size))
-        return lines.pad_to(jnp.swapaxes(x, -1, -2), groups, -1)
+        return lines.pad_groups(jnp.swapaxes(x, -1, -2))
 
     return lines.pack(codes, array.format.bits), rows(array.scale), rows(array.zero_point().astype(jnp.uint8))
 

@@ -237,6 +237,72 @@ struct GridValues<kBits, kRows, false> {
   }
 };
 
+// The scales of the bits that are set in a code, and the offset, of each group: a table of its own. Scales of each bit,
+// then offsets of a row, `stride` floats each.
+template <int kBits, int kBit, int kOne = 1 << kBit>
+alignas(64) constexpr float kSet[16] = {
+    0, (1 & kOne) != 0, (2 & kOne) != 0, (3 & kOne) != 0, (4 & kOne) != 0, (5 & kOne) != 0, (6 & kOne) != 0,
+    (7 & kOne) != 0, (8 & kOne) != 0, (9 & kOne) != 0, (10 & kOne) != 0, (11 & kOne) != 0, (12 & kOne) != 0,
+    (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
+
+template <int kBits, int kRows, bool = kFits<kBits>>
+struct LevelValues {
+  static constexpr bool kLoose = true;
+  const float* scales;
+  int64_t stride;
+  Groups groups;
+  F table[kRows];
+
+  LevelValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups.next()) enter();
+  }
+  JAXQ_INLINE void enter() {
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      const float* at = scales + groups.at() + r.value * (kBits + 1) * stride;
+      F sum = Simd::setf(at[kBits * stride]);
+      each<kBits>([&](auto j) JAXQ_INLINE {
+        sum = Simd::fma(Simd::loadf(kSet<kBits, j.value>), Simd::setf(at[j.value * stride]), sum);
+      });
+      table[r.value] = sum;
+    });
+  }
+  template <class R>
+  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
+};
+
+// Right, and slow: arrays are laid out for this where the table fits a vector.
+template <int kBits, int kRows>
+struct LevelValues<kBits, kRows, false> {
+  static_assert(kRows == 1, "there are not registers enough");
+  static constexpr bool kLoose = false;
+  const float* scales;
+  int64_t stride;
+  Groups groups;
+  float values[1 << kBits];
+
+  LevelValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  void next() {
+    if (groups.next()) enter();
+  }
+  void enter() {
+    const float* at = scales + groups.at();
+    values[0] = at[kBits * stride];
+    for (int j = 0; j < kBits; ++j)
+      for (int code = 0; code < 1 << j; ++code) values[(1 << j) + code] = values[code] + at[j * stride];
+  }
+  template <class R>
+  Four operator()(R, V codes) const { return BytePlanes<float>(values, 1 << kBits)(codes); }
+};
+
 template <class T>
 inline void widen_scales(const T* scale, const uint8_t* zero, int64_t padded, float* scales, float* zeros) {
   for (int64_t g = 0; g < padded; g += Simd::kFloats) {
@@ -463,6 +529,36 @@ void grid(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64
     case 2: return grid_of<2>(c, grid, x, begin, end, scratch);
     case 3: return grid_of<3>(c, grid, x, begin, end, scratch);
     case 4: return grid_of<4>(c, grid, x, begin, end, scratch);
+  }
+}
+
+template <int kBits, class T>
+void levels_of(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
+  float* scales = scratch + kRowsAtOnce * kSlabStride;
+  const int64_t row_scales = (kBits + 1) * levels.padded_groups;
+  const auto values_of = [&](int64_t row, auto rows) {
+    const T* from = static_cast<const T*>(levels.scale) + row * row_scales;
+    for (int64_t i = 0; i < rows.value * row_scales; i += Simd::kFloats) Simd::storef(scales + i, Simd::scales(from + i));
+    return LevelValues<kBits, rows.value>(scales, levels.padded_groups, Groups{levels.group_runs, levels.groups});
+  };
+  products<kBits>(c, values_of, x, begin, end, scratch);
+}
+
+template <int kBits>
+void levels_bits(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
+  switch (levels.type) {
+    case kFloat32: return levels_of<kBits, float>(c, levels, x, begin, end, scratch);
+    case kFloat16: return levels_of<kBits, Half>(c, levels, x, begin, end, scratch);
+    case kBFloat16: return levels_of<kBits, BFloat>(c, levels, x, begin, end, scratch);
+  }
+}
+
+void levels(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
+  switch (c.bits) {
+    case 1: return levels_bits<1>(c, levels, x, begin, end, scratch);
+    case 2: return levels_bits<2>(c, levels, x, begin, end, scratch);
+    case 3: return levels_bits<3>(c, levels, x, begin, end, scratch);
+    case 4: return levels_bits<4>(c, levels, x, begin, end, scratch);
   }
 }
 

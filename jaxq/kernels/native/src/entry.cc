@@ -263,6 +263,13 @@ struct CodesShape {
     blocks = row_bytes / bytes_in_block(bits), padded = blocks * runs_in_block(bits) * kRun;
     return row_bytes % bytes_in_block(bits) == 0 && padded >= inputs && last(in, 2) == last(out, 2) && last(out, 1) == rows;
   }
+  // How many groups there are and how many runs each has, if they fit.
+  bool groups(int64_t size, int64_t padded_groups, int64_t* count, int64_t* runs) const {
+    *count = std::max<int64_t>(1, ceil_div(inputs, size));
+    // One group may end anywhere; several end with whole runs.
+    *runs = *count == 1 ? std::max<int64_t>(1, padded / kRun) : size / kRun;
+    return padded_groups % kGroupPad == 0 && *count <= padded_groups && (*count == 1 || size % kRun == 0);
+  }
 };
 
 ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer table,
@@ -290,7 +297,7 @@ ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
                   y->typed_data() + b * batch.tokens * rows};
     const Table values{static_cast<const char*>(table.untyped_data()) + ((batch.at(2, b) * rows) << bits) * bytes, type};
-    parallel(pool, rows, kLeastRows, code_scratch(0), [&](int64_t begin, int64_t end, float* scratch) {
+    parallel(pool, rows, kLeastRows, code_scratch(0, 0), [&](int64_t begin, int64_t end, float* scratch) {
       k.lookup(c, values, ordered.get(), begin, end, scratch);
     });
   }
@@ -318,12 +325,7 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   batch.join();
   const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
   grid.padded_groups = last(s, 1);
-  grid.groups = std::max<int64_t>(1, ceil_div(inputs, group_size));
-  // One group may end anywhere; several end with whole runs.
-  grid.group_runs = grid.groups == 1 ? std::max<int64_t>(1, padded / kRun) : group_size / kRun;
-  if (grid.padded_groups % kGroupPad != 0 || grid.groups > grid.padded_groups ||
-      (grid.groups > 1 && group_size % kRun != 0))
-    return wrong("groups do not fit");
+  if (!shape.groups(group_size, grid.padded_groups, &grid.groups, &grid.group_runs)) return wrong("groups do not fit");
   const Kernels& k = kernels();
   const bool integer = batch.tokens <= k.integer_tokens[digits];
   const int64_t groups = integer ? batch.tokens * grid.padded_groups : 0;
@@ -340,7 +342,7 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
         k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
       });
-      parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups), [&](int64_t begin, int64_t end, float* scratch) {
+      parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups, 2), [&](int64_t begin, int64_t end, float* scratch) {
         k.grid(c, grid, ordered.get(), begin, end, scratch);
       });
       continue;
@@ -353,9 +355,45 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       k.digits(from, inputs, padded, grid, digits, begin, end, digits_of.get(), units.get(), sums.get());
     });
     const Digits d{digits_of.get(), units.get(), sums.get(), digits};
-    parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups), [&](int64_t begin, int64_t end, float* scratch) {
+    parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups, 2), [&](int64_t begin, int64_t end, float* scratch) {
       k.integer(c, grid, d, begin, end, scratch);
     });
+  }
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return no_memory();
+}
+
+ffi::Error levels(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
+                  ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size) try {
+  const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), s = scale.dimensions();
+  if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
+  CodesShape shape;
+  Levels levels{};
+  int64_t bytes = 0;
+  if (!scale_type(scale.element_type(), &levels.type, &bytes)) return wrong("scales of an unknown type");
+  if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
+  Batch batch(out);
+  if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(s, 3) || !shape.fits(out, in, w, bits) ||
+      last(s, 3) != shape.rows || last(s, 2) != bits + 1)
+    return wrong("shapes do not fit");
+  batch.join();
+  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
+  levels.padded_groups = last(s, 1);
+  if (!shape.groups(group_size, levels.padded_groups, &levels.groups, &levels.group_runs)) return wrong("groups do not fit");
+  const Kernels& k = kernels();
+  Buffer<float> ordered(batch.tokens * padded);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
+    parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
+      k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
+    });
+    levels.scale = static_cast<const char*>(scale.untyped_data()) +
+                   batch.at(2, b) * rows * (bits + 1) * levels.padded_groups * bytes;
+    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
+                  y->typed_data() + b * batch.tokens * rows};
+    parallel(pool, rows, kLeastRows, code_scratch(levels.padded_groups, bits + 1),
+             [&](int64_t begin, int64_t end, float* scratch) { k.levels(c, levels, ordered.get(), begin, end, scratch); });
   }
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
@@ -459,6 +497,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
                                   .Attr<int32_t>("bits")
                                   .Attr<int64_t>("group_size")
                                   .Attr<int32_t>("digits"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_levels, levels,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("bits")
+                                  .Attr<int64_t>("group_size"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_bitplane, bitplane,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

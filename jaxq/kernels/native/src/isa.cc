@@ -37,6 +37,6 @@ struct BFloat {
 #include "tables.h"
 
 extern const Kernels JAXQ_TABLE;
-const Kernels JAXQ_TABLE = {{0, Simd::kIntegerTokens[0], Simd::kIntegerTokens[1], Simd::kIntegerTokens[2]}, order, digits, subset_sums, lookup, grid, integer, planes, planes_dense, tables};
+const Kernels JAXQ_TABLE = {{0, Simd::kIntegerTokens[0], Simd::kIntegerTokens[1], Simd::kIntegerTokens[2]}, order, digits, subset_sums, lookup, grid, levels, integer, planes, planes_dense, tables};
 
 }  // namespace jaxq

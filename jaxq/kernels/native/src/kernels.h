@@ -53,6 +53,15 @@ struct Grid {
   int64_t group_runs;     // runs that share a scale
 };
 
+// The value of a code: an offset, and a scale for each of its bits that is set.
+struct Levels {
+  const void* scale;      // (rows, bits + 1, padded groups), the offset last
+  ScaleType type;
+  int64_t padded_groups;
+  int64_t groups;
+  int64_t group_runs;
+};
+
 // Activations as integers: x = sum_p 256^p digit_p * unit of the group.
 struct Digits {
   const int8_t* bytes;    // (tokens, count, padded inputs)
@@ -93,6 +102,7 @@ struct Kernels {
                       uint8_t* tables, float* units, float* sums);
   void (*lookup)(const Codes&, const Table&, const float* ordered, int64_t begin, int64_t end, float* scratch);
   void (*grid)(const Codes&, const Grid&, const float* ordered, int64_t begin, int64_t end, float* scratch);
+  void (*levels)(const Codes&, const Levels&, const float* ordered, int64_t begin, int64_t end, float* scratch);
   void (*integer)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
   void (*planes)(const Planes&, const Sums&, int64_t begin, int64_t end);
   void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
@@ -115,8 +125,10 @@ constexpr int64_t kSlab = 1024;
 constexpr int64_t kSlabStride = kSlab + 16;
 constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kPlaneScratch = kTile * kSlabStride;
-// Decoded rows, and two numbers a group for each.
-static inline int64_t code_scratch(int64_t padded_groups) { return kRowsAtOnce * (kSlabStride + 2 * padded_groups); }
+// Decoded rows, and for each so many numbers a group.
+static inline int64_t code_scratch(int64_t padded_groups, int numbers) {
+  return kRowsAtOnce * (kSlabStride + numbers * padded_groups);
+}
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2;

@@ -1,0 +1,80 @@
+"""Bit planes in C++ as codes by rows: the bits of a weight together, and a table of their sums for each group.
+
+For activations that are not rounded: a vector of 16 floats holds such a table, and products are exact but for the
+order of sums. Sums of rounded activations looked up by bits (`native.py`) want another layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from jaxq.kernels import native
+from jaxq.kernels.native import call, lines
+
+#: Axes of the first part of one matrix.
+AXES = 2
+
+#: Tokens up to which products are faster than XLA's with a dense weight, decoded for it.
+TOKENS = lines.TOKENS
+
+#: `prepare` takes and `restore` gives the bits of a weight together.
+CODES = True
+
+#: Bits whose table fits a vector, by instruction set.
+BITS = {"avx512": 4, "avx2": 3}
+
+
+def faster(array: Any) -> bool:
+    """Whether this layout is the better one here, for activations that are not rounded."""
+    in_size, _ = array.matrix_shape
+    size = array.format.rows_per_group(in_size)
+    return array.format.bits <= BITS.get(native.instruction_set(), 0) and (
+        size >= in_size or size % lines.RUN == 0
+    )
+
+
+def unsupported(array: Any) -> str:
+    """Why an array has no native product; empty if it has one."""
+    del array  # Only what `faster` prefers comes here.
+    return ""
+
+
+def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
+    """Codes by rows `(batch..., out, bytes)`; scales, then offsets `(batch..., out, bits + 1, groups)`.
+
+    Groups are filled up with zeros.
+    """
+    del target  # One layout for all processors.
+    scale = jnp.concatenate([array.scale, array.offset[..., None, :, :]], axis=-3)
+    scale = jnp.moveaxis(scale, -1, -3)
+    return lines.pack(codes, array.format.bits), lines.pad_groups(scale)
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
+
+
+def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
+    """(codes, scales, offsets) of the canonical array."""
+    del target  # One layout for all processors.
+    codes, scale = parts
+    groups = -(-in_size // format.rows_per_group(in_size))
+    scale = jnp.moveaxis(scale[..., :groups], -3, -1)
+    return lines.unpack(codes, format.bits, in_size), scale[..., :-1, :, :], scale[..., -1, :, :]
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out), with what fills up the last block."""
+    return lines.inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
+
+
+def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
+    codes, scale = prepared.parts
+    group_size = np.int64(prepared.format.rows_per_group(x.shape[-1]))
+    bits = np.int32(prepared.format.bits)
+    return call("jaxq_levels", x, codes, scale, out_size=codes.shape[-2], bits=bits, group_size=group_size)
