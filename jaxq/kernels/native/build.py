@@ -22,7 +22,7 @@ import jax
 from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent / "src"
-BASE = ("-std=c++17", "-O3", "-fPIC", "-pthread")
+BASE = ("-std=c++17", "-O2", "-fPIC", "-pthread")
 
 #: Flags of the instruction sets of each processor family, beside the plain one that every family has.
 SETS = {
@@ -36,7 +36,7 @@ SETS = {
 }
 FAMILIES = {"amd64": "x86_64"}
 
-#: Seconds that one file may take; some twenty are usual for all of them on one core.
+#: Seconds that one file may take; some eighty are usual for all of them on one core.
 TIMEOUT = 600
 
 
@@ -111,7 +111,7 @@ def _run(command: list[str]) -> str:
 def library() -> Path:
     """The path of the compiled library, built now if the cache lacks a sound one; BuildError if it cannot be.
 
-    Takes some twenty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes
+    Takes some eighty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes
     that build at the same time do not disturb each other: each builds aside and the last rename stands. The name
     holds a checksum, so that a damaged file is not loaded, which could end the process.
     """

@@ -4,11 +4,20 @@
 // Shifts by a run's place must be constants, and arrays of vectors registers. Plain C++ gains nothing from it.
 #if defined(JAXQ_ISA_SCALAR)
 #define JAXQ_UNROLL(n)
+#define JAXQ_INLINE
 #else
 #define JAXQ_PRAGMA(text) _Pragma(#text)
 #define JAXQ_UNROLL(n) JAXQ_PRAGMA(GCC unroll n)
-#endif
 #define JAXQ_INLINE __attribute__((always_inline))
+#endif
+// Compiled once, not into each caller.
+#define JAXQ_APART __attribute__((noinline))
+// Plain loops into vectors, which GCC does not do everywhere: for some others it takes more registers than there are.
+#if defined(__clang__)
+#define JAXQ_VECTORIZED
+#else
+#define JAXQ_VECTORIZED __attribute__((optimize("O3")))
+#endif
 
 namespace {
 
@@ -122,33 +131,6 @@ struct BytePlanes {
   }
 };
 
-// One table for each row.
-template <int kBits, class T, int kRows, bool = kFits<kBits>>
-struct TableValues {
-  static constexpr bool kLoose = true;
-  F table[kRows];
-
-  JAXQ_INLINE explicit TableValues(const T* values) {
-    each<kRows>([&](auto r) JAXQ_INLINE { table[r.value] = Simd::repeated<1 << kBits>(values + (r.value << kBits)); });
-  }
-  void start(int64_t) {}
-  void next() {}
-  template <class R>
-  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
-};
-template <int kBits, class T, int kRows>
-struct TableValues<kBits, T, kRows, false> {
-  static_assert(kRows == 1, "there are not registers enough");
-  static constexpr bool kLoose = false;
-  BytePlanes<T> table;
-
-  explicit TableValues(const T* values) : table(values, 1 << kBits) {}
-  void start(int64_t) {}
-  void next() {}
-  template <class R>
-  JAXQ_INLINE Four operator()(R, V codes) const { return table(codes); }
-};
-
 // Where a row's groups begin. What lies beyond the last group stays in it.
 struct Groups {
   int64_t runs, count;
@@ -168,49 +150,67 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
-template <int kBits, int kMask = (1 << kBits) - 1>
-alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
-    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
-
-// (code - zero) * scale of each group: a table of its own. Scales, then zero points of a row, `stride` floats each.
-template <int kBits, int kRows, bool = kFits<kBits>>
-struct GridValues {
+// The tables of kRows rows for each group, where tables fit vectors.
+template <int kRows>
+class TableDecoder {
+ public:
   static constexpr bool kLoose = true;
-  const float* scales;
-  int64_t stride;
-  Groups groups;
-  F table[kRows];
 
-  GridValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  TableDecoder(const float* tables, Groups groups) : tables_(tables), groups_(groups) {}
   JAXQ_INLINE void start(int64_t run) {
-    groups.start(run);
+    groups_.start(run);
     enter();
   }
   JAXQ_INLINE void next() {
-    if (groups.next()) enter();
-  }
-  JAXQ_INLINE void enter() {
-    const float* at = scales + groups.at();
-    each<kRows>([&](auto r) JAXQ_INLINE {
-      const F scale = Simd::setf(at[2 * r.value * stride]), zero = Simd::setf(at[(2 * r.value + 1) * stride]);
-      table[r.value] = Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), zero), scale);
-    });
+    if (groups_.next()) enter();
   }
   template <class R>
-  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
+  JAXQ_INLINE Found operator()(R r, V codes) const { return {table_[r.value], codes}; }
+
+ private:
+  JAXQ_INLINE void enter() {
+    const float* at = tables_ + groups_.at() * kRows * Simd::kFloats;
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::loadf(at + r.value * Simd::kFloats); });
+  }
+
+  const float* tables_;  // (groups, kRows, Simd::kFloats)
+  Groups groups_;
+  F table_[kRows];
 };
 
-// Or a code becomes a float by standing below the exponent of 2^23.
-template <int kBits, int kRows>
-struct GridValues<kBits, kRows, false> {
-  static_assert(kRows == 1, "there are not registers enough");
+// Decoders as they are handed to functions, where vectors would go through memory.
+template <int kRows>
+struct TableValues {
+  const float* tables;
+  Groups groups;
+  JAXQ_INLINE TableDecoder<kRows> decoder() const { return {tables, groups}; }
+};
+
+// One table by bytes.
+template <class T>
+struct ByteValues {
+  static constexpr bool kLoose = false;
+  BytePlanes<T> table;
+
+  ByteValues decoder() const { return *this; }
+  void start(int64_t) {}
+  void next() {}
+  template <class R>
+  JAXQ_INLINE Four operator()(R, V codes) const { return table(codes); }
+};
+
+template <class T>
+inline ByteValues<T> by_bytes(const T* values, int entries) { return {BytePlanes<T>(values, entries)}; }
+
+// (code - zero) * scale: a code becomes a float by standing below the exponent of 2^23.
+struct GridValues {
   static constexpr bool kLoose = false;
   const float* scales;
-  int64_t stride;
+  const float* zeros;
   Groups groups;
   F scale, zero;
 
-  GridValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  JAXQ_INLINE GridValues decoder() const { return *this; }
   JAXQ_INLINE void start(int64_t run) {
     groups.start(run);
     enter();
@@ -219,9 +219,8 @@ struct GridValues<kBits, kRows, false> {
     if (groups.next()) enter();
   }
   JAXQ_INLINE void enter() {
-    const float* at = scales + groups.at();
-    scale = Simd::setf(at[0]);
-    zero = Simd::setf(8388608.0f + at[stride]);
+    scale = Simd::setf(scales[groups.at()]);
+    zero = Simd::setf(8388608.0f + zeros[groups.at()]);
   }
   template <class R>
   JAXQ_INLINE Four operator()(R, V codes) const {
@@ -237,55 +236,17 @@ struct GridValues<kBits, kRows, false> {
   }
 };
 
-// The scales of the bits that are set in a code, and the offset, of each group: a table of its own. Scales of each bit,
-// then offsets of a row, `stride` floats each.
-template <int kBits, int kBit, int kOne = 1 << kBit>
-alignas(64) constexpr float kSet[16] = {
-    0, (1 & kOne) != 0, (2 & kOne) != 0, (3 & kOne) != 0, (4 & kOne) != 0, (5 & kOne) != 0, (6 & kOne) != 0,
-    (7 & kOne) != 0, (8 & kOne) != 0, (9 & kOne) != 0, (10 & kOne) != 0, (11 & kOne) != 0, (12 & kOne) != 0,
-    (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
-
-template <int kBits, int kRows, bool = kFits<kBits>>
+// Scales of the bits that are set, and the offset, by bytes. Right, and slow: arrays are laid out for this where tables
+// fit vectors.
+template <int kBits>
 struct LevelValues {
-  static constexpr bool kLoose = true;
-  const float* scales;
-  int64_t stride;
-  Groups groups;
-  F table[kRows];
-
-  LevelValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
-  JAXQ_INLINE void start(int64_t run) {
-    groups.start(run);
-    enter();
-  }
-  JAXQ_INLINE void next() {
-    if (groups.next()) enter();
-  }
-  JAXQ_INLINE void enter() {
-    each<kRows>([&](auto r) JAXQ_INLINE {
-      const float* at = scales + groups.at() + r.value * (kBits + 1) * stride;
-      F sum = Simd::setf(at[kBits * stride]);
-      each<kBits>([&](auto j) JAXQ_INLINE {
-        sum = Simd::fma(Simd::loadf(kSet<kBits, j.value>), Simd::setf(at[j.value * stride]), sum);
-      });
-      table[r.value] = sum;
-    });
-  }
-  template <class R>
-  JAXQ_INLINE Found operator()(R r, V codes) const { return {table[r.value], codes}; }
-};
-
-// Right, and slow: arrays are laid out for this where the table fits a vector.
-template <int kBits, int kRows>
-struct LevelValues<kBits, kRows, false> {
-  static_assert(kRows == 1, "there are not registers enough");
   static constexpr bool kLoose = false;
-  const float* scales;
+  const float* scales;  // (bits + 1, stride), the offset last
   int64_t stride;
   Groups groups;
   float values[1 << kBits];
 
-  LevelValues(const float* scales, int64_t stride, Groups groups) : scales(scales), stride(stride), groups(groups) {}
+  LevelValues decoder() const { return *this; }
   void start(int64_t run) {
     groups.start(run);
     enter();
@@ -321,6 +282,57 @@ inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros)
   }
 }
 
+// ---- tables that fit a vector, where element i is that of code i % 2^bits: an index may have any bits above those of
+// its code ----
+
+template <int kBits, int kMask = (1 << kBits) - 1>
+alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
+    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
+
+// Whether bit kBit of a code is set.
+template <int kBit, int kOne = 1 << kBit>
+alignas(64) constexpr float kSet[16] = {
+    0, (1 & kOne) != 0, (2 & kOne) != 0, (3 & kOne) != 0, (4 & kOne) != 0, (5 & kOne) != 0, (6 & kOne) != 0,
+    (7 & kOne) != 0, (8 & kOne) != 0, (9 & kOne) != 0, (10 & kOne) != 0, (11 & kOne) != 0, (12 & kOne) != 0,
+    (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
+
+template <int kBits>
+inline F table_of(const Table& table, int64_t row) {
+  constexpr int kEntries = 1 << kBits;
+  switch (table.type) {
+    case kFloat32: return Simd::repeated<kEntries>(static_cast<const float*>(table.values) + row * kEntries);
+    case kFloat16: return Simd::repeated<kEntries>(static_cast<const Half*>(table.values) + row * kEntries);
+    case kBFloat16: return Simd::repeated<kEntries>(static_cast<const BFloat*>(table.values) + row * kEntries);
+  }
+  return Simd::zerof();
+}
+
+template <int kBits>
+inline F grid_table(const float* scales, const float* zeros, int64_t group) {
+  return Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zeros[group])), Simd::setf(scales[group]));
+}
+
+template <int kBits>
+inline F level_table(const float* scales, int64_t stride, int64_t group) {
+  F sum = Simd::setf(scales[kBits * stride + group]);
+  each<kBits>([&](auto j) JAXQ_INLINE {
+    sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(scales[j.value * stride + group]), sum);
+  });
+  return sum;
+}
+
+// Some groups of a row.
+struct Range {
+  int64_t begin, end;
+};
+
+template <int kBits>
+inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
+  constexpr int64_t kRuns = runs_in_block(kBits);
+  const int64_t begin = first * kRuns / groups.runs, end = ceil_div(last * kRuns, groups.runs);
+  return {begin < groups.count ? begin : groups.count - 1, end < groups.count ? end : groups.count};
+}
+
 // ---- few tokens: values go from the registers of the decoder to those of the product ----
 
 // Bytes that are fetched ahead: some rows, whatever their length.
@@ -328,9 +340,11 @@ constexpr int64_t kAhead = 12288;
 
 // y[token, row] (+)= sum over blocks [first, last) for kRows rows and kTokens tokens.
 template <int kBits, int kRows, int kTokens, class Values>
-inline void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, Values values, const float* x,
+JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, const Values& from, const float* x,
                    int64_t padded) {
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
+  auto values = from.decoder();
+  constexpr bool kLoose = decltype(values)::kLoose;
   // Each sum waits for the one before it: enough of them side by side hide that.
   constexpr int kWays = kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
   F sums[kRows][kTokens][kWays];
@@ -348,9 +362,10 @@ inline void direct(const Codes& c, int64_t row, int64_t token, int64_t first, in
       each<kLines>([&](auto line) JAXQ_INLINE { __builtin_prefetch(at + r.value * c.row_bytes + line.value * 64 + kAhead); });
     });
     each<kRuns>([&](auto run) JAXQ_INLINE {
-      each<kParts>([&](auto part) JAXQ_INLINE {
+JAXQ_UNROLL(2)
+      for (int part = 0; part < kParts; ++part) {
         const auto values_of = [&](auto r) JAXQ_INLINE {
-          return values(r, codes_of<kBits, Values::kLoose>(at + r.value * c.row_bytes, run.value, part.value));
+          return values(r, codes_of<kBits, kLoose>(at + r.value * c.row_bytes, run.value, part));
         };
         decltype(values_of(Int<0>{})) found[kRows];
         each<kRows>([&](auto r) JAXQ_INLINE { found[r.value] = values_of(r); });
@@ -366,7 +381,7 @@ inline void direct(const Codes& c, int64_t row, int64_t token, int64_t first, in
           });
         });
         x += Simd::kBytes;
-      });
+      }
       values.next();
     });
     at += bytes_in_block(kBits);
@@ -386,8 +401,10 @@ inline void direct_rows(const Codes& c, ValuesOf values_of, const float* x, int6
                         int64_t token, int64_t first, int64_t last) {
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows)
-    direct<kBits, kRows, kTokens>(c, row, token, first, last, values_of(row, Int<kRows>{}), x, padded);
-  for (; row < end; ++row) direct<kBits, 1, kTokens>(c, row, token, first, last, values_of(row, Int<1>{}), x, padded);
+    direct<kBits, kRows, kTokens>(c, row, token, first, last, values_of(row, Int<kRows>{}, first, last), x, padded);
+  for (; row < end; ++row)
+    for (int t = 0; t < kTokens; ++t)
+      direct<kBits, 1, 1>(c, row, token + t, first, last, values_of(row, Int<1>{}, first, last), x, padded);
 }
 
 template <int kBits, class ValuesOf>
@@ -414,17 +431,20 @@ inline void few_tokens(const Codes& c, ValuesOf values_of, const float* x, int64
 // ---- many tokens: rows are decoded into memory, some inputs at a time ----
 
 template <int kBits, class Values>
-inline void decode(const uint8_t* codes, int64_t first, int64_t last, Values values, float* out) {
+JAXQ_APART void decode(const uint8_t* codes, int64_t first, int64_t last, const Values& from, float* out) {
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits));
+  auto values = from.decoder();
+  constexpr bool kLoose = decltype(values)::kLoose;
   values.start(first * kRuns);
   for (int64_t block = first; block < last; ++block) {
     const uint8_t* at = codes + block * bytes_in_block(kBits);
     each<kRuns>([&](auto run) JAXQ_INLINE {
-      each<kParts>([&](auto part) JAXQ_INLINE {
-        const auto w = values(Int<0>{}, codes_of<kBits, Values::kLoose>(at, run.value, part.value));
+JAXQ_UNROLL(2)
+      for (int part = 0; part < kParts; ++part) {
+        const auto w = values(Int<0>{}, codes_of<kBits, kLoose>(at, run.value, part));
         each<4>([&](auto q) JAXQ_INLINE { Simd::storef(out + q.value * Simd::kFloats, w[q.value]); });
         out += Simd::kBytes;
-      });
+      }
       values.next();
     });
   }
@@ -432,7 +452,7 @@ inline void decode(const uint8_t* codes, int64_t first, int64_t last, Values val
 
 // y[token, row] += w[row] . x[token] for kRowsAtOnce rows and kTokens tokens.
 template <int kTokens>
-inline void product_block(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+JAXQ_APART void product_block(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                           int64_t rows) {
   F sums[kRowsAtOnce][kTokens];
   for (int r = 0; r < kRowsAtOnce; ++r)
@@ -463,7 +483,7 @@ inline void product_tokens(const float* w, int64_t width, const float* x, int64_
     product_block<1>(w, width, x + t * x_stride, x_stride, y + t * y_stride, y_stride, rows);
 }
 
-// `values_of(row, Int<n>)` gives the decoder of the n rows from that one on; one lives at a time.
+// `values_of(row, Int<n>, first, last)` gives what decodes some blocks of n rows; one lives at a time.
 template <int kBits, class ValuesOf>
 inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t begin, int64_t end, float* slab) {
   if (c.tokens <= Simd::kFew) return few_tokens<kBits>(c, values_of, x, begin, end);
@@ -477,7 +497,7 @@ inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t
       for (int64_t r = 0; r < kRowsAtOnce; ++r) {
         // Rows beyond the last are computed from it and thrown away.
         const int64_t from = row + (r < rows ? r : rows - 1);
-        decode<kBits>(c.codes + from * c.row_bytes, first, last, values_of(from, Int<1>{}), slab + r * kSlabStride);
+        decode<kBits>(c.codes + from * c.row_bytes, first, last, values_of(from, Int<1>{}, first, last), slab + r * kSlabStride);
       }
       product_tokens(slab, (last - first) * kInputs, x + first * kInputs, c.blocks * kInputs, c.y + row, c.rows, rows,
                      c.tokens);
@@ -485,21 +505,88 @@ inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t
   }
 }
 
-template <int kBits, class T>
-void lookup_of(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
-  const auto values_of = [&](int64_t row, auto rows) {
-    return TableValues<kBits, T, rows.value>(static_cast<const T*>(table.values) + (row << kBits));
+// What comes behind the decoded rows of `scratch`: tables of several rows, and scales as they are widened.
+inline float* tables_in(float* scratch) { return scratch + kRowsAtOnce * kSlabStride; }
+inline float* scales_in(float* scratch, int64_t groups) { return tables_in(scratch) + kRowsAtOnce * groups * Simd::kFloats; }
+
+template <int kBits>
+void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+  if constexpr (kFits<kBits>) {
+    float* tables = tables_in(scratch);
+    const auto values_of = [&](int64_t row, auto rows, int64_t, int64_t) {
+      each<rows.value>([&](auto r) { Simd::storef(tables + r.value * Simd::kFloats, table_of<kBits>(table, row + r.value)); });
+      return TableValues<rows.value>{tables, Groups{c.blocks * runs_in_block(kBits), 1}};
+    };
+    products<kBits>(c, values_of, x, begin, end, scratch);
+  } else {
+    const auto of = [&](const auto* values) {
+      const auto values_of = [&](int64_t row, auto, int64_t, int64_t) { return by_bytes(values + (row << kBits), 1 << kBits); };
+      products<kBits>(c, values_of, x, begin, end, scratch);
+    };
+    switch (table.type) {
+      case kFloat32: return of(static_cast<const float*>(table.values));
+      case kFloat16: return of(static_cast<const Half*>(table.values));
+      case kBFloat16: return of(static_cast<const BFloat*>(table.values));
+    }
+  }
+}
+
+template <int kBits>
+void grid_bits(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
+  const int64_t stride = grid.padded_groups;
+  const Groups groups{grid.group_runs, grid.groups};
+  float* tables = tables_in(scratch);
+  float* scales = scales_in(scratch, stride);
+  const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
+    if constexpr (kFits<kBits>) {
+      const Range range = groups_in<kBits>(groups, first, last);
+      for (int r = 0; r < rows.value; ++r) {
+        grid_row(grid, row + r, scales, scales + stride);
+        for (int64_t g = range.begin; g < range.end; ++g)
+          Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, grid_table<kBits>(scales, scales + stride, g));
+      }
+      return TableValues<rows.value>{tables, groups};
+    } else {
+      grid_row(grid, row, scales, scales + stride);
+      return GridValues{scales, scales + stride, groups, {}, {}};
+    }
   };
   products<kBits>(c, values_of, x, begin, end, scratch);
 }
 
+template <class T>
+inline void widen(const void* from, int64_t start, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += Simd::kFloats) Simd::storef(to + i, Simd::scales(static_cast<const T*>(from) + start + i));
+}
+
 template <int kBits>
-void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
-  switch (table.type) {
-    case kFloat32: return lookup_of<kBits, float>(c, table, x, begin, end, scratch);
-    case kFloat16: return lookup_of<kBits, Half>(c, table, x, begin, end, scratch);
-    case kBFloat16: return lookup_of<kBits, BFloat>(c, table, x, begin, end, scratch);
-  }
+void levels_bits(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
+  const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
+  const Groups groups{levels.group_runs, levels.groups};
+  float* tables = tables_in(scratch);
+  float* scales = scales_in(scratch, stride);
+  const auto widen_row = [&](int64_t row) {
+    switch (levels.type) {
+      case kFloat32: return widen<float>(levels.scale, row * count, count, scales);
+      case kFloat16: return widen<Half>(levels.scale, row * count, count, scales);
+      case kBFloat16: return widen<BFloat>(levels.scale, row * count, count, scales);
+    }
+  };
+  const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
+    if constexpr (kFits<kBits>) {
+      const Range range = groups_in<kBits>(groups, first, last);
+      for (int r = 0; r < rows.value; ++r) {
+        widen_row(row + r);
+        for (int64_t g = range.begin; g < range.end; ++g)
+          Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, level_table<kBits>(scales, stride, g));
+      }
+      return TableValues<rows.value>{tables, groups};
+    } else {
+      widen_row(row);
+      return LevelValues<kBits>{scales, stride, groups, {}};
+    }
+  };
+  products<kBits>(c, values_of, x, begin, end, scratch);
 }
 
 void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
@@ -511,45 +598,12 @@ void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, i
   }
 }
 
-template <int kBits>
-void grid_of(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
-  float* scales = scratch + kRowsAtOnce * kSlabStride;
-  const auto values_of = [&](int64_t row, auto rows) {
-    float* at = scales;
-    for (int64_t r = row; r < row + rows.value; ++r, at += 2 * grid.padded_groups)
-      grid_row(grid, r, at, at + grid.padded_groups);
-    return GridValues<kBits, rows.value>(scales, grid.padded_groups, Groups{grid.group_runs, grid.groups});
-  };
-  products<kBits>(c, values_of, x, begin, end, scratch);
-}
-
 void grid(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
   switch (c.bits) {
-    case 1: return grid_of<1>(c, grid, x, begin, end, scratch);
-    case 2: return grid_of<2>(c, grid, x, begin, end, scratch);
-    case 3: return grid_of<3>(c, grid, x, begin, end, scratch);
-    case 4: return grid_of<4>(c, grid, x, begin, end, scratch);
-  }
-}
-
-template <int kBits, class T>
-void levels_of(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
-  float* scales = scratch + kRowsAtOnce * kSlabStride;
-  const int64_t row_scales = (kBits + 1) * levels.padded_groups;
-  const auto values_of = [&](int64_t row, auto rows) {
-    const T* from = static_cast<const T*>(levels.scale) + row * row_scales;
-    for (int64_t i = 0; i < rows.value * row_scales; i += Simd::kFloats) Simd::storef(scales + i, Simd::scales(from + i));
-    return LevelValues<kBits, rows.value>(scales, levels.padded_groups, Groups{levels.group_runs, levels.groups});
-  };
-  products<kBits>(c, values_of, x, begin, end, scratch);
-}
-
-template <int kBits>
-void levels_bits(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
-  switch (levels.type) {
-    case kFloat32: return levels_of<kBits, float>(c, levels, x, begin, end, scratch);
-    case kFloat16: return levels_of<kBits, Half>(c, levels, x, begin, end, scratch);
-    case kBFloat16: return levels_of<kBits, BFloat>(c, levels, x, begin, end, scratch);
+    case 1: return grid_bits<1>(c, grid, x, begin, end, scratch);
+    case 2: return grid_bits<2>(c, grid, x, begin, end, scratch);
+    case 3: return grid_bits<3>(c, grid, x, begin, end, scratch);
+    case 4: return grid_bits<4>(c, grid, x, begin, end, scratch);
   }
 }
 

@@ -297,7 +297,7 @@ ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
                   y->typed_data() + b * batch.tokens * rows};
     const Table values{static_cast<const char*>(table.untyped_data()) + ((batch.at(2, b) * rows) << bits) * bytes, type};
-    parallel(pool, rows, kLeastRows, code_scratch(0, 0), [&](int64_t begin, int64_t end, float* scratch) {
+    parallel(pool, rows, kLeastRows, code_scratch(1, 0), [&](int64_t begin, int64_t end, float* scratch) {
       k.lookup(c, values, ordered.get(), begin, end, scratch);
     });
   }

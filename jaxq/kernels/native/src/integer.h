@@ -17,7 +17,7 @@ inline F digits_to_float(const V sums[kDigits]) {
 // y[token, row] = sum over groups of scale * unit * (codes . digits), less zero * scale * (sum of the activations), for
 // kRows rows and kTokens tokens. `scales` holds scales, then zero points, of each row.
 template <int kBits, int kDigits, int kRows, int kTokens>
-inline void integer_rows(const Codes& c, const Grid& grid, const Digits& x, int64_t row, int64_t token, const float* scales) {
+JAXQ_APART void integer_rows(const Codes& c, const Grid& grid, const Digits& x, int64_t row, int64_t token, const float* scales) {
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
   // 16-bit sums of two products take four additions, and so do 32-bit ones once shifted by two bytes.
   constexpr int kLimit = kParts >= 4 ? 1 : 4 / kParts;
@@ -54,19 +54,20 @@ inline void integer_rows(const Codes& c, const Grid& grid, const Digits& x, int6
       each<kLines>([&](auto line) JAXQ_INLINE { __builtin_prefetch(at + r.value * c.row_bytes + line.value * 64 + kAhead); });
     });
     each<kRuns>([&](auto run) JAXQ_INLINE {
-      each<kParts>([&](auto part) JAXQ_INLINE {
+JAXQ_UNROLL(2)
+      for (int part = 0; part < kParts; ++part) {
         V codes[kRows];
-        each<kRows>([&](auto r) JAXQ_INLINE { codes[r.value] = codes_of<kBits>(at + r.value * c.row_bytes, run.value, part.value); });
+        each<kRows>([&](auto r) JAXQ_INLINE { codes[r.value] = codes_of<kBits>(at + r.value * c.row_bytes, run.value, part); });
         each<kTokens>([&](auto t) JAXQ_INLINE {
           each<kDigits>([&](auto p) JAXQ_INLINE {
-            const V v = Simd::load(digits + (t.value * kDigits + p.value) * padded + part.value * Simd::kBytes);
+            const V v = Simd::load(digits + (t.value * kDigits + p.value) * padded + part * Simd::kBytes);
             each<kRows>([&](auto r) JAXQ_INLINE {
               V& sum = held[r.value][t.value][p.value];
               sum = Simd::dot(sum, codes[r.value], v);
             });
           });
         });
-      });
+      }
       digits += kRun;
       ++runs;
       // Padding beyond the last group is multiplied by digits of zero.
@@ -109,7 +110,8 @@ void integer_of(const Codes& c, const Grid& grid, const Digits& x, int64_t begin
     int64_t t = 0;
     for (; t + kTokens <= c.tokens; t += kTokens)
       integer_rows<kBits, kDigits, rows.value, kTokens>(c, grid, x, row, t, scratch);
-    for (; t < c.tokens; ++t) integer_rows<kBits, kDigits, rows.value, 1>(c, grid, x, row, t, scratch);
+    if constexpr (kTokens > 1)
+      for (; t < c.tokens; ++t) integer_rows<kBits, kDigits, rows.value, 1>(c, grid, x, row, t, scratch);
   };
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) rows_of(row, Int<kRows>{});
@@ -134,7 +136,7 @@ void integer(const Codes& c, const Grid& grid, const Digits& x, int64_t begin, i
 
 // ---- activations as integers ----
 
-inline int32_t nearest_integer(float v) { return static_cast<int32_t>(v + (v < 0.0f ? -0.5f : 0.5f)); }
+JAXQ_INLINE inline int32_t nearest_integer(float v) { return static_cast<int32_t>(v + (v < 0.0f ? -0.5f : 0.5f)); }
 
 // A unit of which `most` make up `top`, and its reciprocal, which is 0 where there is nothing to divide.
 inline float unit_of(float top, float most, float* inverse) {
@@ -152,7 +154,7 @@ inline float greater(float a, float b) { return a > b || a != a ? a : b; }
 
 // Digits of base 256 of numbers, rounded; their sum.
 template <int kCount>
-int64_t split(const float* from, int64_t numbers, float inverse, int64_t padded, int8_t* to) {
+JAXQ_VECTORIZED int64_t split(const float* from, int64_t numbers, float inverse, int64_t padded, int8_t* to) {
   int64_t sum = 0;
   for (int64_t k = 0; k < numbers; ++k) {
     int32_t v = nearest_integer(from[k] * inverse);
@@ -167,7 +169,7 @@ int64_t split(const float* from, int64_t numbers, float inverse, int64_t padded,
 }
 
 // Digits of base 256 from -128 to 127, for the groups [begin, end) of all tokens' groups.
-void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
+JAXQ_VECTORIZED void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
             int8_t* bytes, float* units, float* sums) {
   const float most = count == 1 ? 127.0f : count == 2 ? 127.0f * 256 : 127.0f * 65536;
   const int64_t size = grid.group_runs * kRun;

@@ -125,9 +125,9 @@ constexpr int64_t kSlab = 1024;
 constexpr int64_t kSlabStride = kSlab + 16;
 constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kPlaneScratch = kTile * kSlabStride;
-// Decoded rows, and for each so many numbers a group.
+// Decoded rows, and for each so many numbers a group, and tables of at most 16.
 static inline int64_t code_scratch(int64_t padded_groups, int numbers) {
-  return kRowsAtOnce * (kSlabStride + numbers * padded_groups);
+  return kRowsAtOnce * (kSlabStride + (numbers + 16) * padded_groups);
 }
 
 extern const Kernels kScalar;
