@@ -1,6 +1,6 @@
-"""Look-up tables in C++: byte shuffles find all bytes of 16 values at once, and products are of floats.
+"""Look-up tables in C++: a vector holds the table, or byte shuffles find the bytes of its values.
 
-Exact but for the order of sums, whatever the dtype of the tables.
+Products are of floats: exact but for the order of sums, whatever the dtype of the tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Uniform grids in C++: integer products of codes and activations, or floats where there are many tokens.
+"""Uniform grids in C++: integer products of codes and activations, or floats where those are faster.
 
 Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more
 than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it.

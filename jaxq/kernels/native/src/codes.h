@@ -415,6 +415,9 @@ inline void few_tokens(const Codes& c, ValuesOf values_of, const float* x, int64
   const int64_t padded = c.blocks * kInputs;
   // The activations of several tokens are read again for every row: so many inputs at a time stay in the first cache.
   const int64_t step = c.tokens == 1 ? c.blocks : kSlab / kInputs;
+  // Without inputs every sum is empty.
+  for (int64_t token = 0; c.blocks == 0 && token < c.tokens; ++token)
+    for (int64_t row = begin; row < end; ++row) c.y[token * c.rows + row] = 0.0f;
   for (int64_t first = 0; first < c.blocks; first += step) {
     const int64_t last = first + step < c.blocks ? first + step : c.blocks;
     int64_t t = 0;

@@ -4,8 +4,11 @@
 #pragma once
 
 struct Simd {
-  // kBatch: tokens that a product of four rows takes at once, by the number of registers.
+  // By the number of registers: tokens that a product of four decoded rows takes at once (kBatch); rows of codes that are
+  // taken at once with one token, and tokens with a row or two (kRows, kTokens). Measured: tokens up to which rows are
+  // decoded in registers (kFew).
   static constexpr int kBytes = 16, kFloats = 4, kBatch = 2, kRows = 1, kTokens = 2, kFew = 2;
+  // Measured: tokens up to which integer products of one, two and three digits are faster than floating ones.
   static constexpr int64_t kIntegerTokens[3] = {16, 12, 8};
   struct V {
     uint8_t b[16];
