@@ -1,6 +1,6 @@
 """Tokens a second of generation from a quantized model, beside llama.cpp on a GGUF file of the same model.
 
-    jaxq quantize smollm2-135m out --recipe rtn --bits 4 --group-size 64
+    jaxq quantize smollm2-135m out --recipe benchmarks/four_bits_everywhere.toml
     python benchmarks/generation.py out --gguf smollm2-135m.gguf --llama-python peers/bin/python --json rows.json
 
 `--llama-python` is the interpreter of an environment with the package xllamacpp, which is llama.cpp. Both write
