@@ -10,10 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from jaxq.kernels import native
 from jaxq.kernels.native import call, lines
+from jaxq.kernels.native.lines import sizes as sizes
+from jaxq.kernels.native.lines import take as take
 
 #: Axes of the first part of one matrix.
 AXES = 2
@@ -54,11 +56,6 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     return lines.pack(codes, array.format.bits), lines.pad_groups(scale)
 
 
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[ids] for part in parts), 0
-
-
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, offsets) of the canonical array."""
     del target  # One layout for all processors.
@@ -66,11 +63,6 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
     groups = -(-in_size // format.rows_per_group(in_size))
     scale = jnp.moveaxis(scale[..., :groups], -3, -1)
     return lines.unpack(codes, format.bits, in_size), scale[..., :-1, :, :], scale[..., -1, :, :]
-
-
-def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
-    """(in, out), with what fills up the last block."""
-    return lines.inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:

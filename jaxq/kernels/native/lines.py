@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Integer, UInt8
 
 RUN = 64
 
@@ -23,6 +25,16 @@ BLOCK = {1: 64, 2: 64, 3: 192, 4: 64}
 def inputs_in(row_bytes: int, bits: int) -> int:
     """Inputs that a row of so many bytes has room for."""
     return row_bytes // BLOCK[bits] * RUNS[bits] * RUN
+
+
+def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
+    """(in, out) of parts that begin with rows made by `pack`, with what fills up the last block."""
+    return inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
+
+
+def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
+    """(the parts, all by rows, of these outputs of one matrix, outputs that only fill up the last tile)."""
+    return tuple(part[ids] for part in parts), 0
 
 
 def pack(codes: UInt8[Array, "*batch in out"], bits: int) -> UInt8[Array, "*batch out bytes"]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from jaxq.kernels.native import call, lines
+from jaxq.kernels.native.lines import sizes as sizes
+from jaxq.kernels.native.lines import take as take
 
 #: Axes of the first part of one matrix.
 AXES = 2
@@ -46,11 +48,6 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     return lines.pack(codes, array.format.bits), rows(array.scale), rows(array.zero_point().astype(jnp.uint8))
 
 
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[ids] for part in parts), 0
-
-
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
     del target  # One layout for all processors.
@@ -59,11 +56,6 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
     scale, zero = (jnp.swapaxes(x[..., channels, :groups], -1, -2) for x in (scale, zero))
     return lines.unpack(codes, format.bits, in_size), scale, zero
-
-
-def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
-    """(in, out), with what fills up the last block."""
-    return lines.inputs_in(parts[0].shape[-1], format.bits), parts[0].shape[-2]
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:

@@ -162,6 +162,13 @@ class Waiting {
   int64_t idle_ = 0, claimed_ = 0;
 };
 
+// One for all products: whatever comes next, threads wait where it is offered. Not destroyed when the process ends, since
+// threads of XLA may still wait in it.
+Waiting& waiting() {
+  static Waiting& one = *new Waiting;
+  return one;
+}
+
 // Calls work(begin, end, scratch) on parts of [0, count), which begin at multiples of `least`, until all is done. The
 // caller works too and waits only for parts that somebody has begun: a pool whose threads all wait here would otherwise
 // never run the rest. `work` must not throw: others still use it then.
@@ -174,13 +181,11 @@ void parallel(ffi::ThreadPool& pool, int64_t count, int64_t least, int64_t scrat
   const int64_t size = std::max(least, ceil_div(ceil_div(count, threads * 4), least) * least);
   const int64_t parts = ceil_div(count, size), workers = std::min(threads, parts);
   if (workers == 1) return work(0, count, Buffer<float>(scratch_floats).get());
-  // Not destroyed when the process ends: threads of XLA may still wait in it.
-  static Waiting& waiting = *new Waiting;
   const auto job = std::make_shared<Job>(workers, parts, size, count, scratch_floats, std::cref(work));
-  for (int64_t wanted = waiting.offer(job, workers - 1); wanted > 0; --wanted)
+  for (int64_t wanted = waiting().offer(job, workers - 1); wanted > 0; --wanted)
     pool.Schedule([job] {
       job->take();
-      waiting.help();
+      waiting().help();
     });
   job->take();
   // What is left takes microseconds, unless the machine has put the thread that does it aside.

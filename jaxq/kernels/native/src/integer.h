@@ -126,12 +126,7 @@ void integer_bits(const Codes& c, const Grid& grid, const Digits& x, int64_t beg
 }
 
 void integer(const Codes& c, const Grid& grid, const Digits& x, int64_t begin, int64_t end, float* scratch) {
-  switch (c.bits) {
-    case 1: return integer_bits<1>(c, grid, x, begin, end, scratch);
-    case 2: return integer_bits<2>(c, grid, x, begin, end, scratch);
-    case 3: return integer_bits<3>(c, grid, x, begin, end, scratch);
-    case 4: return integer_bits<4>(c, grid, x, begin, end, scratch);
-  }
+  by_bits(c.bits, [&](auto bits) { integer_bits<bits.value>(c, grid, x, begin, end, scratch); });
 }
 
 // ---- activations as integers ----
@@ -149,8 +144,6 @@ inline float unit_of(float top, float most, float* inverse) {
   // Infinite and undefined activations must not vanish.
   return finite ? unit : __builtin_nanf("");
 }
-
-inline float greater(float a, float b) { return a > b || a != a ? a : b; }
 
 // Digits of base 256 of numbers, rounded; their sum.
 template <int kCount>

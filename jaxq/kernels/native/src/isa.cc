@@ -31,6 +31,7 @@ struct BFloat {
 
 }  // namespace
 
+#include "values.h"
 #include "codes.h"
 #include "integer.h"
 #include "planes.h"

@@ -3,6 +3,8 @@
 
 namespace {
 
+inline float greater(float a, float b) { return a > b || a != a ? a : b; }
+
 // The tables of `Sums`, for the groups [begin, end) of all tokens' groups.
 void subset_sums(const float* x, int64_t inputs, const Planes& p, int count, int64_t begin, int64_t end, uint8_t* tables,
                  float* units, float* sums) {

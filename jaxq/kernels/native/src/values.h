@@ -1,0 +1,347 @@
+// Codes and their values: what all products of codes share. Included once by each translation unit of one instruction set.
+#pragma once
+
+// Shifts by a run's place must be constants, and arrays of vectors registers. Plain C++ gains nothing from it.
+#if defined(JAXQ_ISA_SCALAR)
+#define JAXQ_UNROLL(n)
+#define JAXQ_INLINE
+#else
+#define JAXQ_PRAGMA(text) _Pragma(#text)
+#define JAXQ_UNROLL(n) JAXQ_PRAGMA(GCC unroll n)
+#define JAXQ_INLINE __attribute__((always_inline))
+#endif
+// Compiled once, not into each caller.
+#define JAXQ_APART __attribute__((noinline))
+// Plain loops into vectors, which GCC does not do everywhere: for some others it takes more registers than there are.
+#if defined(__clang__)
+#define JAXQ_VECTORIZED
+#else
+#define JAXQ_VECTORIZED __attribute__((optimize("O3")))
+#endif
+
+namespace {
+
+using V = Simd::V;
+using F = Simd::F;
+constexpr int kParts = static_cast<int>(kRun / Simd::kBytes);  // vectors in a run
+
+// A number known when this is compiled.
+template <int k>
+struct Int {
+  static constexpr int value = k;
+};
+
+// body(Int<0>), ..., body(Int<n - 1>), without a loop: arrays that only these index become registers early on.
+template <int n, class Body>
+JAXQ_INLINE inline void each(const Body& body) {
+  if constexpr (n > 0) {
+    each<n - 1>(body);
+    body(Int<n - 1>{});
+  }
+}
+
+// body(Int<bits>) for the 1 to 4 bits of a code.
+template <class Body>
+inline void by_bits(int bits, const Body& body) {
+  switch (bits) {
+    case 1: return body(Int<1>{});
+    case 2: return body(Int<2>{});
+    case 3: return body(Int<3>{});
+    case 4: return body(Int<4>{});
+  }
+}
+
+// The codes of vector `part` of run `run` of a block, one in each byte. `run` is known when this is compiled. Loose
+// ones have other bits above their own.
+template <int kBits, bool kLoose = false>
+inline V codes_of(const uint8_t* block, int run, int part) {
+  constexpr int kNarrow = kBits == 3 ? 2 : kBits;
+  constexpr int kRunsInLine = 8 / kNarrow;
+  const uint8_t* line = block + (run / kRunsInLine) * kRun + part * Simd::kBytes;
+  const V low = Simd::right16(Simd::load(line), (run % kRunsInLine) * kNarrow);
+  if (kBits != 3) return kLoose ? low : Simd::both(low, Simd::set8((1 << kNarrow) - 1));
+  const V bits = Simd::load(block + 2 * kRun + part * Simd::kBytes);
+  const V high = run >= 2 ? Simd::right16(bits, run - 2) : Simd::left16(bits, 2 - run);
+  return Simd::either(Simd::both(low, Simd::set8(3)), Simd::both(high, Simd::set8(kLoose ? ~3 : 4)));
+}
+
+// Whether a vector of floats holds the value of every code.
+template <int kBits>
+constexpr bool kFits = (1 << kBits) <= Simd::kFloats;
+
+// Values of a vector of codes come as four vectors of floats. Vector q holds inputs 4 * i + q where a vector of floats
+// is the table, and 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
+void order(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out) {
+  const bool lanes = 1 << bits > Simd::kFloats;
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* from = x + token * inputs;
+    float* to = out + token * padded;
+    for (int64_t start = 0; start < padded; start += Simd::kBytes)
+      for (int q = 0; q < 4; ++q)
+        for (int i = 0; i < Simd::kFloats; ++i) {
+          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : 4 * i + q);
+          *to++ = input < inputs ? from[input] : 0.0f;
+        }
+  }
+}
+
+// ---- values of codes: `start` before the first run, `next` after each, and a call for each vector of codes, which
+// gives something whose element q is a vector of floats ----
+
+// Looked up when it is asked for: there are not registers enough for four vectors of several rows.
+struct Found {
+  F table;
+  V codes;
+  F operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
+};
+
+struct Four {
+  F v[4];
+  F operator[](int q) const { return v[q]; }
+};
+
+// Leading bytes of a float32 that numbers of a type use: half precision has 11 significant bits.
+template <class T>
+constexpr int kBytesOf = 4;
+template <>
+constexpr int kBytesOf<Half> = 3;
+template <>
+constexpr int kBytesOf<BFloat> = 2;
+
+// A table of 16 numbers by bytes, for vectors that do not hold as many floats: exact too.
+template <class T>
+struct BytePlanes {
+  static constexpr int kBytesOfValue = kBytesOf<T>;
+  V planes[kBytesOfValue];
+
+  explicit BytePlanes(const T* values, int entries) {
+    // Codes never exceed the entries; the rest is filled so that nothing is left undefined.
+    T all[16];
+    for (int i = 0; i < 16; ++i) all[i] = values[i & (entries - 1)];
+    float wide[16];
+    for (int i = 0; i < 16; i += Simd::kFloats) Simd::storef(wide + i, Simd::scales(all + i));
+    // The most significant byte first.
+    uint8_t bytes[16 * kBytesOfValue];
+    for (int i = 0; i < 16; ++i) {
+      uint32_t word;
+      __builtin_memcpy(&word, wide + i, 4);
+      for (int p = 0; p < kBytesOfValue; ++p) bytes[16 * p + i] = static_cast<uint8_t>(word >> (24 - 8 * p));
+    }
+    for (int p = 0; p < kBytesOfValue; ++p) planes[p] = Simd::broadcast16(bytes + 16 * p);
+  }
+  Four operator()(V codes) const {
+    const V zero = Simd::zero();
+    const V b3 = Simd::pick(planes[0], codes), b2 = Simd::pick(planes[1], codes);
+    const V b1 = kBytesOfValue > 2 ? Simd::pick(planes[kBytesOfValue > 2 ? 2 : 0], codes) : zero;
+    const V b0 = kBytesOfValue > 3 ? Simd::pick(planes[kBytesOfValue > 3 ? 3 : 0], codes) : zero;
+    const V upper_low = Simd::low8(b2, b3), upper_high = Simd::high8(b2, b3);
+    const V lower_low = kBytesOfValue > 2 ? Simd::low8(b0, b1) : zero;
+    const V lower_high = kBytesOfValue > 2 ? Simd::high8(b0, b1) : zero;
+    return Four{{Simd::as_float(Simd::low16(lower_low, upper_low)), Simd::as_float(Simd::high16(lower_low, upper_low)),
+                 Simd::as_float(Simd::low16(lower_high, upper_high)), Simd::as_float(Simd::high16(lower_high, upper_high))}};
+  }
+};
+
+// Where a row's groups begin. What lies beyond the last group stays in it.
+struct Groups {
+  int64_t runs, count;
+  int64_t group = 0, left = 0;
+
+  void start(int64_t run) {
+    group = run / runs;
+    left = (group + 1) * runs - run;
+  }
+  // Whether a group begins after this run.
+  bool next() {
+    if (--left) return false;
+    left = runs;
+    ++group;
+    return true;
+  }
+  int64_t at() const { return group < count ? group : count - 1; }
+};
+
+// The tables of kRows rows for each group, where tables fit vectors.
+template <int kRows>
+class TableDecoder {
+ public:
+  static constexpr bool kLoose = true;
+
+  TableDecoder(const float* tables, Groups groups) : tables_(tables), groups_(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups_.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups_.next()) enter();
+  }
+  template <class R>
+  JAXQ_INLINE Found operator()(R r, V codes) const { return {table_[r.value], codes}; }
+
+ private:
+  JAXQ_INLINE void enter() {
+    const float* at = tables_ + groups_.at() * kRows * Simd::kFloats;
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::loadf(at + r.value * Simd::kFloats); });
+  }
+
+  const float* tables_;  // (groups, kRows, Simd::kFloats)
+  Groups groups_;
+  F table_[kRows];
+};
+
+// Decoders as they are handed to functions, where vectors would go through memory.
+template <int kRows>
+struct TableValues {
+  const float* tables;
+  Groups groups;
+  JAXQ_INLINE TableDecoder<kRows> decoder() const { return {tables, groups}; }
+};
+
+// One table by bytes.
+template <class T>
+struct ByteValues {
+  static constexpr bool kLoose = false;
+  BytePlanes<T> table;
+
+  ByteValues decoder() const { return *this; }
+  void start(int64_t) {}
+  void next() {}
+  template <class R>
+  JAXQ_INLINE Four operator()(R, V codes) const { return table(codes); }
+};
+
+template <class T>
+inline ByteValues<T> by_bytes(const T* values, int entries) { return {BytePlanes<T>(values, entries)}; }
+
+// (code - zero) * scale: a code becomes a float by standing below the exponent of 2^23.
+struct GridValues {
+  static constexpr bool kLoose = false;
+  const float* scales;
+  const float* zeros;
+  Groups groups;
+  F scale, zero;
+
+  JAXQ_INLINE GridValues decoder() const { return *this; }
+  JAXQ_INLINE void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups.next()) enter();
+  }
+  JAXQ_INLINE void enter() {
+    scale = Simd::setf(scales[groups.at()]);
+    zero = Simd::setf(8388608.0f + zeros[groups.at()]);
+  }
+  template <class R>
+  JAXQ_INLINE Four operator()(R, V codes) const {
+    const V none = Simd::zero(), exponent = Simd::set16(0x4B00);
+    const V low = Simd::low8(codes, none), high = Simd::high8(codes, none);
+    const V words[4] = {Simd::low16(low, exponent), Simd::high16(low, exponent), Simd::low16(high, exponent),
+                        Simd::high16(high, exponent)};
+    Four out;
+    each<4>([&](auto q) JAXQ_INLINE {
+      out.v[q.value] = Simd::mulf(Simd::subf(Simd::as_float(words[q.value]), zero), scale);
+    });
+    return out;
+  }
+};
+
+// Scales of the bits that are set, and the offset, by bytes. Right, and slow: arrays are laid out for this where tables
+// fit vectors.
+template <int kBits>
+struct LevelValues {
+  static constexpr bool kLoose = false;
+  const float* scales;  // (bits + 1, stride), the offset last
+  int64_t stride;
+  Groups groups;
+  float values[1 << kBits];
+
+  LevelValues decoder() const { return *this; }
+  void start(int64_t run) {
+    groups.start(run);
+    enter();
+  }
+  void next() {
+    if (groups.next()) enter();
+  }
+  void enter() {
+    const float* at = scales + groups.at();
+    values[0] = at[kBits * stride];
+    for (int j = 0; j < kBits; ++j)
+      for (int code = 0; code < 1 << j; ++code) values[(1 << j) + code] = values[code] + at[j * stride];
+  }
+  template <class R>
+  Four operator()(R, V codes) const { return BytePlanes<float>(values, 1 << kBits)(codes); }
+};
+
+template <class T>
+inline void widen_scales(const T* scale, const uint8_t* zero, int64_t padded, float* scales, float* zeros) {
+  for (int64_t g = 0; g < padded; g += Simd::kFloats) {
+    Simd::storef(scales + g, Simd::scales(scale + g));
+    Simd::storef(zeros + g, Simd::bytes_to_float(zero + g));
+  }
+}
+
+inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros) {
+  const int64_t at = row * grid.padded_groups;
+  const uint8_t* zero = grid.zero + at;
+  switch (grid.type) {
+    case kFloat32: return widen_scales(static_cast<const float*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+    case kFloat16: return widen_scales(static_cast<const Half*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+    case kBFloat16: return widen_scales(static_cast<const BFloat*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
+  }
+}
+
+// ---- tables that fit a vector, where element i is that of code i % 2^bits: an index may have any bits above those of
+// its code ----
+
+template <int kBits, int kMask = (1 << kBits) - 1>
+alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
+    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
+
+// Whether bit kBit of a code is set.
+template <int kBit, int kOne = 1 << kBit>
+alignas(64) constexpr float kSet[16] = {
+    0, (1 & kOne) != 0, (2 & kOne) != 0, (3 & kOne) != 0, (4 & kOne) != 0, (5 & kOne) != 0, (6 & kOne) != 0,
+    (7 & kOne) != 0, (8 & kOne) != 0, (9 & kOne) != 0, (10 & kOne) != 0, (11 & kOne) != 0, (12 & kOne) != 0,
+    (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
+
+template <int kBits>
+inline F table_of(const Table& table, int64_t row) {
+  constexpr int kEntries = 1 << kBits;
+  switch (table.type) {
+    case kFloat32: return Simd::repeated<kEntries>(static_cast<const float*>(table.values) + row * kEntries);
+    case kFloat16: return Simd::repeated<kEntries>(static_cast<const Half*>(table.values) + row * kEntries);
+    case kBFloat16: return Simd::repeated<kEntries>(static_cast<const BFloat*>(table.values) + row * kEntries);
+  }
+  return Simd::zerof();
+}
+
+template <int kBits>
+inline F grid_table(const float* scales, const float* zeros, int64_t group) {
+  return Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zeros[group])), Simd::setf(scales[group]));
+}
+
+template <int kBits>
+inline F level_table(const float* scales, int64_t stride, int64_t group) {
+  F sum = Simd::setf(scales[kBits * stride + group]);
+  each<kBits>([&](auto j) JAXQ_INLINE {
+    sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(scales[j.value * stride + group]), sum);
+  });
+  return sum;
+}
+
+// Some groups of a row.
+struct Range {
+  int64_t begin, end;
+};
+
+template <int kBits>
+inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
+  constexpr int64_t kRuns = runs_in_block(kBits);
+  const int64_t begin = first * kRuns / groups.runs, end = ceil_div(last * kRuns, groups.runs);
+  return {begin < groups.count ? begin : groups.count - 1, end < groups.count ? end : groups.count};
+}
+
+}  // namespace
