@@ -24,6 +24,7 @@ from jaxq.formats.base import Format
 from jaxq.formats.prepared import PreparedArray, prepare
 from jaxq.kernels import tuning
 from jaxq.kernels.gpu import run as dispatch
+from jaxq.kernels.gpu import warpgroups
 from jaxq.kernels.gpu.weights import Settings
 
 #: Bytes of all copies of an operand together: three times what the cache of an H100 holds.
@@ -46,6 +47,19 @@ TILES = tuple(
     for stages in (3, 1)
 )
 
+#: Candidates for the tensor cores of Hopper, for up to 64 tokens and for more.
+FEW = tuple(
+    warpgroups.Settings(64, 64, share, split, 1, stages)
+    for share, stages in ((4, 2), (2, 2), (2, 4), (1, 4))
+    for split in (1, 2)
+)
+MANY = tuple(
+    warpgroups.Settings(rows, width, share, split, cluster, stages)
+    for rows, width, share, stages in ((128, 256, 1, 3), (128, 256, 1, 2), (128, 128, 1, 3), (64, 256, 2, 2))
+    for split in (1, 2)
+    for cluster in (1, 2)
+)
+
 #: Largest relative error of a product, by whether sums are in float32.
 BOUND = {True: 1e-6, False: 1e-3}
 
@@ -54,7 +68,7 @@ BOUND = {True: 1e-6, False: 1e-3}
 class Trial:
     """One candidate: its time on the device, or why it has none."""
 
-    settings: Settings
+    settings: Any
     seconds: float = math.inf
     failed: str = ""
 
@@ -169,27 +183,35 @@ def measure(
     return rows
 
 
-def candidates(tokens: int, exact: bool) -> tuple[Settings, ...]:
+def candidates(array: PreparedArray, tokens: int) -> tuple[Any, ...]:
     """What to try for so many tokens."""
-    return ROWS if dispatch.by_rows(tokens, exact) else TILES
+    kernel = dispatch.kernel_for(tokens, array.parts[0], array.exact)
+    if kernel is dispatch.warpgroups:
+        return FEW if tokens <= 64 else MANY
+    return ROWS if kernel is dispatch.rows else TILES
 
 
 def search(
-    array: Any, tokens: int, exact: bool, some: Sequence[Settings], on_trial: Callable[[Trial], None] | None = None
+    array: Any,
+    tokens: int,
+    exact: bool,
+    some: Sequence[Any] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Times the candidates for products of so many tokens, which are all checked against float64; the best first.
+    """Times candidates for products of so many tokens, which are all checked against float64; the best first.
 
-    `array` is a canonical array of one matrix. Candidates that do not compile, or are wrong, are reported and left
-    out.
+    `array` is a canonical array of one matrix, `some` the candidates, if not all of their kernel. Those that do
+    not compile, or are wrong, are reported and left out.
     """
     prepared = prepare(array, "gpu", activations="float32" if exact else "float16")
     if not isinstance(prepared, PreparedArray):
         raise JaxqError(f"there is no GPU kernel for {array.format}")
+    some = candidates(prepared, tokens) if some is None else some
     in_size, _ = array.matrix_shape
     x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
     operands = [(x, copy) for copy in copies(prepared)]
 
-    def build(settings: Settings) -> Any:
+    def build(settings: Any) -> Any:
         run = jax.jit(lambda x, q: q.kernel.product(x, q, exact=exact, settings=settings))
         try:
             return run.lower(x, prepared).compile()
@@ -215,9 +237,9 @@ def search(
     return sorted(found, key=lambda trial: trial.seconds)
 
 
-def save(path: Path, format: Any, shape: tuple[int, int], tokens: int, exact: bool, best: Settings) -> None:
+def save(path: Path, format: Any, shape: tuple[int, int], tokens: int, exact: bool, best: Any) -> None:
     """Writes the settings of products of so many tokens with a weight of `shape` (in, out) into a table."""
-    name = f"{format.name} exact" if exact else format.name
+    name = dispatch.table_name(format.name, best, exact)
     own = getattr(format, "group_size", None)
     group = own if isinstance(own, int) and own < shape[0] else shape[0]
     tuning.save(path, tuning.device(), name, format.bits, *shape, tokens, group, dataclasses.asdict(best))
@@ -242,9 +264,9 @@ def tune(
         for format in formats:
             array = random_array(format, *shape)
             for tokens in batches:
-                if not 1 <= tokens <= dispatch.most_tokens(exact=False):
+                if not tokens or (tokens > dispatch.TILE_TOKENS and not warpgroups.available()):
                     continue
-                order = search(array, tokens, False, candidates(tokens, exact=False))
+                order = search(array, tokens, False)
                 if order:
                     save(path, format, shape, tokens, False, order[0].settings)
                     if on_best is not None:

@@ -148,8 +148,11 @@ class PreparedArray(QuantizedArray):
     def _takes(self, x: Float[Array, "*tokens in"]) -> bool:
         """Whether the kernel multiplies `x`: few enough tokens, and what every implementation needs."""
         tokens = x.size // max(self.matrix_shape[0], 1)
-        most = gpu.most_tokens(self.exact) if self.device == "gpu" else self.kernel.TOKENS
-        return tokens <= most and dispatch.fits(x, self)
+        if self.device == "gpu":
+            few = gpu.takes(tokens, x.dtype, self.parts[0], self.exact)
+        else:
+            few = tokens <= self.kernel.TOKENS
+        return few and dispatch.fits(x, self)
 
     @property
     def exact(self) -> bool:

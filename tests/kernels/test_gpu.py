@@ -17,7 +17,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import dispatch, gpu, tuning
-from jaxq.kernels.gpu import lanes, words
+from jaxq.kernels.gpu import lanes, warpgroups, words
 from jaxq.kernels.gpu.weights import Settings
 
 #: Every format and number of bits; inputs that end inside a block, a group, or what a program reads together.
@@ -33,6 +33,13 @@ CASES = [
     (BitPlane(2, 128, "float32"), 384),
 ]
 ROWS, TILES = Settings(rows=2, words=32, warps=1, stages=2), Settings(rows=4, words=32, warps=4, split=2)
+WARPGROUPS = [
+    warpgroups.Settings(64, 64, 4, 1, 1, 2),
+    warpgroups.Settings(64, 256, 2, 2, 2, 2),
+    warpgroups.Settings(128, 256, 1, 3, 2, 3),
+    warpgroups.Settings(128, 128, 1, 1, 4, 1),
+    warpgroups.Settings(64, 64, 1, 1, 1, 8),
+]
 REPRESENTATIVE = [Uniform(4, 64), Codebook(3), BitPlane(2, 64)]
 OUT = 5
 
@@ -300,11 +307,53 @@ def test_shipped_settings_are_sound():
 def test_on_a_gpu(format, width):
     array = random_array(format, width, 33)
     prepared = jaxq.prepare(array, "gpu")
-    for summed, bound, counts in ((True, 1e-6, (1, 5)), (False, 1e-3, (1, 5, 64))):
+    many = (17, 70, 300) if warpgroups.available() else ()
+    for summed, bound, counts in ((True, 1e-6, (1, 5)), (False, 1e-3, (1, 5, 64, *many))):
         for tokens in counts:
             x = jnp.asarray(normal(tokens, width, seed=tokens), jnp.float16)
             y = jax.jit(lambda x, q, summed=summed: q.kernel.product(x, q, exact=summed))(x, prepared)
             assert error(y, exact(x, array)) < bound, (summed, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not warpgroups.available(), reason="not a Hopper GPU")
+@pytest.mark.parametrize("settings", WARPGROUPS, ids=str)
+def test_warpgroups_on_a_gpu(settings):
+    """However a product is cut up: ragged outputs, tokens and inputs, several rounds of shared memory."""
+    for format, width, out in (
+        (Codebook(4), 5000, 200),
+        (Uniform(4, 64), 4160, 136),
+        (BitPlane(2, 128), 2048, 104),
+    ):
+        array = random_array(format, width, out)
+        prepared = jaxq.prepare(array, "gpu", activations="float16")
+        for tokens in (3, 40, 333):
+            x = jnp.asarray(normal(tokens, width, seed=tokens), jnp.float16)
+            run = jax.jit(lambda x, q: q.kernel.product(x, q, exact=False, settings=settings))
+            try:
+                y = run(x, prepared)
+            except ValueError as reason:
+                assert "shared memory" in str(reason)
+                continue
+            assert error(y, exact(x, array)) < 1e-3, (format, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not warpgroups.available(), reason="not a Hopper GPU")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_exact_tokens_on_a_gpu(dtype):
+    """Inputs of 16 bits, of any size, are not rounded by products in float32 sums."""
+    for table in ("float16", "bfloat16"):
+        array = random_array(Codebook(4, table), 1000, 72)
+        prepared = jaxq.prepare(array, "gpu")
+        x = normal(40, 1000) * np.geomspace(1e-3, 3e3 if dtype == "float16" else 1e30, 40)[:, None]
+        x = jnp.asarray(x, dtype)
+        y = np.asarray(jax.jit(lambda x, q: q.kernel.product(x, q, exact=True))(x, prepared), np.float64)
+        expected = exact(x, array)
+        errors = np.linalg.norm(y - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        assert errors.max() < 3e-6
+        jaxpr = str(jax.make_jaxpr(lambda x, q: x @ q)(x, prepared))
+        assert "jaxq_warpgroups" in jaxpr or "custom_vmap" in jaxpr
 
 
 @pytest.mark.gpu
@@ -325,6 +374,10 @@ def test_programs_on_a_gpu(format):
         (_, expected), wanted = jax.jit(jax.value_and_grad(loss, has_aux=True))(xs, dense)
     for y, reference in zip((*ys, found), (*expected, wanted), strict=True):
         assert error(y, np.asarray(reference, np.float64)) < 1e-5
+    several = jnp.asarray(normal(2, 24, 384), jnp.float16)
+    mapped = jax.jit(jax.vmap(lambda x, q: x @ q))(several, jaxq.prepare(array, "gpu", activations="float16"))
+    for y, x, one in zip(mapped, several, (array[0], array[1]), strict=True):
+        assert error(y, exact(x, one)) < 1e-3
     half = xs.astype(jnp.bfloat16)
     assert error(jax.jit(lambda x, q: x @ q)(half[0], prepared[0]), exact(half[0], array[0])) < 5e-3
     sparse = DenseSparse(format, 0.01)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, halves, look_up, pair, tables
 from jaxq.kernels.gpu.run import product_of
-from jaxq.kernels.gpu.weights import Tile, Weight, load
+from jaxq.kernels.gpu.weights import Tile, Weight
 from jaxq.kernels.gpu.words import Order
 
 #: A pair of one in float16.
@@ -113,10 +113,9 @@ class Planes:
         return [self._read(tile, words.group_of(tile.blocks, m, self.order, self.group)) for m in members]
 
     def _read(self, tile: Tile, group: Array) -> list[Array]:
-        at = tile.rows * self.groups + group
-        paired, *left = tile.refs
-        found = [load(paired.at[at * self.paired + place]) for place in range(self.paired)]
-        return found + [load(ref.at[at]) for ref in left]
+        width = self.groups * self.paired
+        found = [tile.load(0, group * self.paired + place, width) for place in range(self.paired)]
+        return found + [tile.load(1, group, self.groups) for _ in tile.refs[1:]]
 
     def _values(self, own: list[Array]) -> list[Array]:
         """Offset and scales in float32."""

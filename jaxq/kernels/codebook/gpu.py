@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, look_up, tables
-from jaxq.kernels.gpu.run import product_of
-from jaxq.kernels.gpu.weights import Tile, Weight, load, pairs_exactly
+from jaxq.kernels.gpu.run import by_rows, product_of
+from jaxq.kernels.gpu.weights import Tile, Weight, pairs_exactly
 from jaxq.kernels.gpu.words import Order
 
 #: Axes of the words of one matrix.
@@ -56,11 +56,14 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
     """`x @ prepared`; see `kernels/gpu/run.py` for the options.
 
-    Tables of bfloat16 are always summed in float32: in bfloat16 an error of 1e-3 is out of reach.
+    Tables of bfloat16 are always summed in float32: in bfloat16 an error of 1e-3 is out of reach. With inputs in
+    float16 tensor cores take them in float16, as a dense product of those inputs does.
     """
     rows, table = prepared.parts
     if table.dtype == jnp.bfloat16:
         options["exact"] = True
+        if x.dtype == jnp.float16 and not by_rows(x.shape[0], exact=True):
+            table = table.astype(jnp.float16)
     entries = lax.bitcast_convert_type(table.reshape((*table.shape[:-1], -1, 2)), jnp.uint32)
     return product_of(
         "codebook", x, Weight(rows, Tables(_order(prepared.format), table.dtype), (entries,)), **options
@@ -80,8 +83,7 @@ class Tables:
 
     def begin(self, tile: Tile) -> list[Array]:
         count = 2**self.order.bits // 2
-        (entries,) = tile.refs
-        return [load(entries.at[tile.rows * count + entry]) for entry in range(count)]
+        return [tile.load(0, entry, count) for entry in range(count)]
 
     def read(self, tile: Tile) -> None:
         del tile  # A table is that of a whole output.

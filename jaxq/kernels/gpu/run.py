@@ -1,24 +1,25 @@
-"""Which of the two kernels a product takes, and with what settings."""
+"""Which of the three kernels a product takes, and with what settings."""
 
 from __future__ import annotations
 
-import functools
+from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxq.kernels import tuning
-from jaxq.kernels.gpu import rows, tiles
+from jaxq.kernels.gpu import rows, tiles, warpgroups
 from jaxq.kernels.gpu.weights import Settings, Weight
 
 #: Bytes of an activation where sums are in float32.
 EXACT_DIGITS = 4
 
-#: Tokens up to which float32 sums have a kernel.
+#: Tokens up to which sums in float32 are made row by row, with inputs of any dtype.
 EXACT_TOKENS = 8
 
-#: Tokens up to which tiles that are decoded for tensor cores have one.
+#: Tokens up to which tiles, for GPUs other than Hopper, have a kernel.
 TILE_TOKENS = 64
 
 #: Tokens up to which products are summed row by row without tensor cores.
@@ -29,14 +30,20 @@ ROWS = Settings(rows=2, words=128, warps=1, stages=2)
 TILES = Settings(rows=64, words=32, warps=4, split=4)
 
 
-def most_tokens(exact: bool) -> int:
-    """Tokens up to which there is a kernel."""
-    return EXACT_TOKENS if exact else TILE_TOKENS
+def takes(tokens: int, dtype: Any, words: Any, exact: bool) -> bool:
+    """Whether there is a kernel for so many tokens of `dtype` and a weight of these words, `(out, words)`.
+
+    The tensor cores of Hopper multiply any number, in float32 sums too where inputs are 16 bits: dense weights
+    would then be rounded to as many.
+    """
+    if kernel_for(tokens, words, exact) is warpgroups:
+        return not exact or jnp.dtype(dtype).itemsize == 2
+    return tokens <= (EXACT_TOKENS if exact else TILE_TOKENS)
 
 
 def by_rows(tokens: int, exact: bool) -> bool:
     """Whether so many tokens are summed row by row, in which an overlay can be."""
-    return exact or tokens <= ROW_TOKENS
+    return tokens <= (EXACT_TOKENS if exact else ROW_TOKENS)
 
 
 def product_of(
@@ -46,7 +53,7 @@ def product_of(
     *,
     exact: bool,
     overlay: tuple[Array, ...] = (),
-    settings: Settings | None = None,
+    settings: Any = None,
     dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "tokens out"]:
@@ -55,28 +62,48 @@ def product_of(
     Args:
         op: its name in the table of tuned settings.
         exact: sum in float32, with `x` as it is; otherwise in float16 inside a word, with `x` in float16.
-        overlay: (rows, values, starts, counts) of sparse entries to add; float16 tiles have none.
-        settings: how to cut the product up; default: the tuned settings.
+        overlay: (rows, values, starts, counts) of sparse entries to add; for products row by row only.
+        settings: how to cut the product up, in the class of its kernel; default: the tuned settings.
         dtype: of the result; default: float32.
         interpret: run as array operations on any device, to test.
     """
-    tokens = x.shape[0]
+    tokens, dtype = x.shape[0], dtype or jnp.float32
     if not tokens:
-        return jax.numpy.zeros((0, weight.words.shape[0]), dtype or jax.numpy.float32)
+        return jnp.zeros((0, weight.words.shape[0]), dtype)
+    kernel = kernel_for(tokens, weight.words, exact)
     if overlay:
-        assert by_rows(tokens, exact), "tiles have no overlay"
+        assert kernel is rows, "tiles have no overlay"
         weight = Weight(weight.words, weight.decoder, weight.extra, overlay)
     if settings is None:
-        settings = _tuned(op, x.shape[1], weight, tokens, exact)
-    run: Any = functools.partial(rows.matvec, exact=exact) if by_rows(tokens, exact) else tiles.tiles
+        settings = _tuned(op, kernel, x.shape[1], weight, tokens, exact)
     with jax.named_scope(f"jaxq_{op}"):
-        return run(x, weight, settings, dtype=dtype or jax.numpy.float32, interpret=interpret)
+        if kernel is rows:
+            return rows.matvec(x, weight, settings, exact=exact, dtype=dtype, interpret=interpret)
+        if kernel is tiles:
+            return tiles.tiles(x, weight, settings, dtype=dtype, interpret=interpret)
+        return warpgroups.multiply(x, weight, settings, exact=exact, dtype=dtype)
 
 
-def _tuned(op: str, in_size: int, weight: Weight, tokens: int, exact: bool) -> Settings:
+def kernel_for(tokens: int, words: Any, exact: bool) -> ModuleType:
+    """The module of the kernel that multiplies so many tokens with a weight of these words, `(out, words)`."""
+    if by_rows(tokens, exact):
+        return rows
+    return warpgroups if warpgroups.available() and warpgroups.fits(words) else tiles
+
+
+def table_name(op: str, settings: Any, exact: bool) -> str:
+    """The name in the table of tuned settings, which differ from kernel to kernel."""
+    if isinstance(settings, warpgroups.Settings):
+        return f"{op} warpgroups"
+    return f"{op} exact" if exact else op
+
+
+def _tuned(op: str, kernel: ModuleType, in_size: int, weight: Weight, tokens: int, exact: bool) -> Any:
     bits, out_size = weight.decoder.order.bits, weight.words.shape[0]
-    name = f"{op} exact" if exact else op
-    found = tuning.look_up(name, bits, in_size, out_size, tokens, weight.decoder.group or in_size)
-    if found is None:
-        return ROWS if by_rows(tokens, exact) else TILES
-    return Settings(**found)
+    if kernel is warpgroups:
+        default: Any = warpgroups.default(tokens, bits, out_size)
+    else:
+        default = ROWS if kernel is rows else TILES
+    name, group = table_name(op, default, exact), weight.decoder.group or in_size
+    found = tuning.look_up(name, bits, in_size, out_size, tokens, group)
+    return type(default)(**found) if found else default

@@ -52,6 +52,10 @@ class Tile:
     rows: Array
     blocks: Array
 
+    def load(self, place: int, index: Any, width: int) -> Array:
+        """Element `index` of each output's `width` of the array at `place`."""
+        return load(self.refs[place].at[self.rows * width + index])
+
 
 class Decoder(Protocol):
     """What a format adds to the kernels."""

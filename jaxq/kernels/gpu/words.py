@@ -10,14 +10,18 @@ both a third word.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
 
-#: Words of one plane of a sub-block where groups do not decide: 128 bytes, a line of the cache.
+#: Words of a line of the cache, 128 bytes: of one plane of a sub-block where groups do not decide.
 RUN = 32
+
+#: Rows are whole lines if that adds no more than one part in so many.
+LITTLE = 16
 
 #: Bits of a code: (pairs in a word, members of a block).
 UNITS = {4: (4, 1), 3: (8, 2), 2: (8, 1)}
@@ -124,9 +128,12 @@ def pad_last(x: Array, size: int) -> Array:
 
 
 def pack(codes: UInt8[Array, "*batch in out"], order: Order) -> UInt32[Array, "*batch out words"]:
-    """Rows of whole blocks; codes of zero fill up the last one."""
+    """Rows of whole blocks, and of whole lines where that takes little more; codes of zero fill them up."""
     *batch, in_size, out_size = codes.shape
     blocks = -(-in_size // order.block_inputs)
+    lines = math.lcm(order.block_words, RUN) // order.block_words
+    whole = -(-blocks // lines) * lines
+    blocks = whole if LITTLE * (whole - blocks) <= blocks else blocks
     padding = [(0, 0)] * len(batch) + [(0, 0), (0, blocks * order.block_inputs - in_size)]
     rows = jnp.pad(jnp.swapaxes(codes, -1, -2), padding)
     places = rows.reshape((*batch, out_size, blocks, order.members, order.pairs, order.run, 2)).astype(jnp.uint32)

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.gpu import words
-from jaxq.kernels.gpu.lanes import Instructions
+from jaxq.kernels.gpu.lanes import Instructions, halves, pair
 from jaxq.kernels.gpu.run import product_of
-from jaxq.kernels.gpu.weights import Tile, Weight, load, pairs_exactly
+from jaxq.kernels.gpu.weights import Tile, Weight, pairs_exactly
 from jaxq.kernels.gpu.words import Order
 
 #: Bits of a code: where, in a half of a word, the fields begin that are read without another shift.
@@ -36,9 +37,6 @@ MAGIC = 0x64006400
 #: A pair of 1 / (SHRINK 2^place) in float16.
 UNIT = {place: ((11 - place) << 10) * 0x00010001 for place in (0, 2, 4, 6, 8)}
 
-
-#: Scales and zero points.
-Own = tuple[Array, Array]
 
 #: Axes of the words of one matrix.
 AXES = 2
@@ -61,7 +59,7 @@ def _order(format: Any, groups: int) -> Order:
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
-    """(words by rows `(batch..., out, words)`, scales and zero points by rows `(batch..., out, groups)`)."""
+    """(words by rows `(batch..., out, words)`, scale and zero point of groups `(batch..., out, groups, 2)`)."""
     del target  # One layout for all GPUs.
     _, out_size = array.matrix_shape
     groups = array.scale.shape[-2]
@@ -74,7 +72,9 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
             x = jnp.broadcast_to(x, (*x.shape[:-1], out_size))
         return words.pad_last(jnp.swapaxes(x, -1, -2), room)
 
-    return rows, by_rows(array.scale), by_rows(array.zero_point().astype(jnp.uint8))
+    # Zero points are small integers, exact in any dtype of scales: a group is read as one word of two halves.
+    zero = array.zero_point().astype(array.scale.dtype)
+    return rows, jnp.stack([by_rows(array.scale), by_rows(zero)], axis=-1)
 
 
 def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
@@ -85,29 +85,36 @@ def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[A
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
     del target  # One layout for all GPUs.
-    codes, scale, zero = parts
+    rows, own = parts
     groups = -(-in_size // format.rows_per_group(in_size))
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
-    scale, zero = (jnp.swapaxes(x[..., channels, :groups], -1, -2) for x in (scale, zero))
-    return words.unpack(codes, _order(format, parts[1].shape[-1]), in_size), scale, zero
+    scale, zero = (jnp.swapaxes(own[..., channels, :groups, part], -1, -2) for part in (0, 1))
+    codes = words.unpack(rows, _order(format, own.shape[-2]), in_size)
+    return codes, scale, lax.stop_gradient(zero)
 
 
 def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
     """(in, out), with what fills up the last block."""
-    return _order(format, parts[1].shape[-1]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
+    return _order(format, parts[1].shape[-2]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
     """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
-    rows, scale, zero = prepared.parts
-    groups = scale.shape[-1]
+    rows, own = prepared.parts
+    groups = own.shape[-2]
     grid = Grid(_order(prepared.format, groups), _group(prepared.format, groups), groups)
-    return product_of("uniform", x, Weight(rows, grid, (scale, zero)), **options)
+    if own.dtype == jnp.float16:
+        own = lax.bitcast_convert_type(own, jnp.uint32)
+    return product_of("uniform", x, Weight(rows, grid, (own,)), **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Decodes pairs of (code - zero point) / SHRINK, exactly. Its arrays: scales, zero points `(out, groups)`."""
+    """Decodes pairs of (code - zero point) / SHRINK, exactly.
+
+    Its array: scale and zero point of each group, `(out, groups)` words of two float16, or `(out, groups, 2)`
+    floats of another dtype.
+    """
 
     order: Order
     group: int | None
@@ -117,30 +124,32 @@ class Grid:
     def begin(self, tile: Tile) -> Any:
         return None if self.group else self._grid(tile.instructions, self._read(tile, jnp.zeros_like(tile.blocks)))
 
-    def read(self, tile: Tile) -> list[Own]:
-        """For each member of the blocks its scale and zero point."""
+    def read(self, tile: Tile) -> list[list[Array]]:
+        """For each member of the blocks its scale and zero point, as they lie in memory."""
         if self.group is None:
             return []
         members = range(self.order.members)
         return [self._read(tile, words.group_of(tile.blocks, m, self.order, self.group)) for m in members]
 
-    def _read(self, tile: Tile, group: Array) -> Own:
-        scale, zero = (load(ref.at[tile.rows * self.groups + group]) for ref in tile.refs)
-        return scale, zero
+    def _read(self, tile: Tile, group: Array) -> list[Array]:
+        each = 1 if tile.refs[0].dtype == jnp.uint32 else 2
+        return [tile.load(0, group * each + part, self.groups * each) for part in range(each)]
 
-    def _grid(self, instructions: Instructions, own: Own) -> tuple[Array, list[Array]]:
+    def _grid(self, instructions: Instructions, own: list[Array]) -> tuple[Array, list[Array]]:
         """(scales, what to add to 1024 / 2^place + code for each place), for decoded pairs 1 / SHRINK as large."""
-        scale, zero = own
-        # A zero point in the mantissa of 1024, twice; what 1024 is too large by is added again.
-        both = (zero.astype(jnp.uint32) * jnp.uint32(0x00010001)) | jnp.uint32(MAGIC)
+        if len(own) == 1:
+            (word,) = own
+            scale, zero = halves(word)[0], instructions.permute(word, word, 0x3232)
+        else:
+            scale, zero = own[0], pair(*[own[1].astype(jnp.float16)] * 2)
         offsets = []
         for place in PLACES[self.order.bits]:
-            unit, rest = (_both(value) for value in (-1 / SHRINK, (1024 - 1024 / 2**place) / SHRINK))
-            offsets.append(instructions.multiply_add(both, jnp.full_like(both, unit), jnp.full_like(both, rest)))
+            unit, rest = (_both(value / SHRINK) for value in (-1, -1024 / 2**place))
+            offsets.append(instructions.multiply_add(zero, jnp.full_like(zero, unit), jnp.full_like(zero, rest)))
         return scale.astype(jnp.float32) * SHRINK, offsets
 
     def decode(
-        self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]
+        self, instructions: Instructions, state: Any, own: list[list[Array]], planes: list[Array]
     ) -> list[tuple[list[Array], Array | None]]:
         found = []
         for member, fields in enumerate(self._fields(instructions, planes)):
@@ -156,7 +165,9 @@ class Grid:
     def shuffles(self, exact: bool) -> bool:
         return False  # Lanes of a warp have different groups.
 
-    def exact(self, instructions: Instructions, state: Any, own: list[Own], planes: list[Array]) -> list[Any]:
+    def exact(
+        self, instructions: Instructions, state: Any, own: list[list[Array]], planes: list[Array]
+    ) -> list[Any]:
         return pairs_exactly(self, instructions, state, own, planes)
 
     def _fields(self, instructions: Instructions, planes: list[Array]) -> list[list[Array]]:

@@ -1,0 +1,492 @@
+"""Products by the tensor cores of Hopper, through Pallas' Mosaic GPU lowering, of any weight that comes as words.
+
+Groups of four warps (warpgroups) decode weights in registers (see `fragments.py`) and multiply them with inputs in
+shared memory. Words and inputs are copied there ahead, by a warpgroup of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxq.kernels.dispatch import axes_of, vary_as
+from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, words_layout
+from jaxq.kernels.gpu.weights import Weight
+
+#: Inputs that one `wgmma` takes from a row of 128 bytes of shared memory.
+CHUNK = 64
+
+#: Inputs of weights that are multiplied together.
+DEPTH = 128
+
+#: Words of a row of 128 bytes.
+LINE = 32
+
+#: Tokens of a tile are a multiple of this: the columns of `wgmma`.
+LEAST_TOKENS = 8
+
+#: Bytes of shared memory for all that is copied, and pieces of inputs that are copied ahead at most.
+SHARED, MOST_PIECES = 232448 - 2048, 8
+
+#: Processors of an H100.
+PROCESSORS = 132
+
+#: Registers of a thread that copies.
+COPY_REGISTERS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a product is cut up; results do not depend on it but for the order of sums.
+
+    Args:
+        rows: outputs of a program, 64 for each warpgroup.
+        tokens: tokens of a program at most, a multiple of 8 up to 256.
+        share: warpgroups that share the inputs of an output.
+        split: programs that share them, whose sums are added afterwards.
+        cluster: neighbouring programs that copy inputs for each other.
+        stages: steps whose words are copied ahead, at most: fewer where shared memory ends.
+    """
+
+    rows: int = 64
+    tokens: int = 256
+    share: int = 4
+    split: int = 1
+    cluster: int = 1
+    stages: int = 3
+
+
+def default(tokens: int, bits: int, out_size: int) -> Settings:
+    """For what nobody searched: at least about a program for each processor of an H100."""
+    tiles = -(-out_size // ROWS)
+    if tokens <= CHUNK:
+        if tiles >= 3 * PROCESSORS:
+            return Settings(2 * ROWS, CHUNK, 2, 1, 1, 2)
+        share = 4 if bits == 4 and tokens <= 32 else 2
+        return Settings(ROWS, CHUNK, share, 2 if tiles <= PROCESSORS // 2 else 1, 1, 3 if share == 4 else 4)
+    programs = -(-tiles // 2) * -(-tokens // 256)
+    return Settings(2 * ROWS, 256, 1, min(max(PROCESSORS // programs, 1), 4), 2, 3)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the device of this process has `wgmma`, and this jax the lowering for it."""
+    try:
+        return jax.__version_info__ >= (0, 11) and jax.devices("gpu")[0].compute_capability == "9.0"
+    except RuntimeError:
+        return False
+
+
+def fits(words: Any) -> bool:
+    """Whether weights of these words, `(out, words)`, can be copied by tiles: whole lines of eight outputs."""
+    out_size, row_words = words.shape[-2:]
+    return out_size % 8 == 0 and row_words % LINE == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The sizes of a product that is cut up.
+
+    A program has `down * share` warpgroups that compute. A step of one of them is `words` of each of its outputs,
+    `blocks` blocks of `inputs` inputs in all. Those come in `pieces` of `piece` inputs, which share a ring of
+    `ring` places; words have one of `stages`. `by_outputs`: whether results lie by outputs, not by tokens.
+    """
+
+    tokens: int
+    out_size: int
+    width: int
+    down: int
+    share: int
+    split: int
+    cluster: int
+    words: int
+    blocks: int
+    inputs: int
+    piece: int
+    steps: int
+    stages: int
+    ring: int
+    dtype: Any
+    by_outputs: bool
+
+    @property
+    def groups(self) -> int:
+        return self.down * self.share
+
+    @property
+    def pieces(self) -> int:
+        return self.inputs // self.piece
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the results."""
+        return (self.out_size, self.tokens) if self.by_outputs else (self.tokens, self.out_size)
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes.
+
+        A program starts with the same number for all, a multiple of eight; one that asks for more than others give
+        back waits for ever.
+        """
+        at_start = min(2**16 // (128 * (self.groups + 1)) // 8 * 8, 248)
+        return min((at_start * (self.groups + 1) - COPY_REGISTERS) // self.groups // 8 * 8, 248)
+
+
+def _plan(tokens: int, weight: Weight, settings: Settings, dtype: Any) -> _Plan:
+    """Raises ValueError if shared memory is too small."""
+    order, (out_size, row_words) = weight.decoder.order, weight.words.shape
+    down, share = settings.rows // ROWS, settings.share
+    # All tiles have about as many tokens, so many as `wgmma` and copies of results take.
+    width = -(-tokens // -(-tokens // settings.tokens))
+    unit = LEAST_TOKENS if width <= CHUNK else CHUNK
+    width = -(-width // unit) * unit
+    words = math.lcm(order.block_words, LINE)
+    blocks = words // order.block_words
+    inputs = blocks * order.block_inputs
+    # The smaller the more tokens there are, so that as many pieces as fit are on their way.
+    piece = min(inputs, 256 if width <= 32 else CHUNK)
+    steps = -(-row_words // (words * share * settings.split))
+    dtype = jnp.dtype(dtype if settings.split == 1 else jnp.float32)
+    for stages in range(min(settings.stages, steps), 0, -1):
+        left = SHARED - ROWS * down * words * share * 4 * stages
+        ring = min(left // (share * width * piece * 2), steps * (inputs // piece), MOST_PIECES)
+        # Sums of warpgroups and results go where inputs were.
+        if ring >= min(2, steps) and ROWS * down * width * 4 * share <= left:
+            break
+    else:
+        raise ValueError(f"{settings} need more shared memory than there is")
+    return _Plan(
+        tokens=tokens,
+        out_size=out_size,
+        width=width,
+        down=down,
+        share=share,
+        split=settings.split,
+        # Programs of a cluster copy whole tiles of eight tokens for each other.
+        cluster=settings.cluster if width % (8 * settings.cluster) == 0 else 1,
+        words=words,
+        blocks=blocks,
+        inputs=inputs,
+        piece=piece,
+        steps=steps,
+        stages=stages,
+        ring=ring,
+        dtype=dtype,
+        # Sums of several programs are read again, and may lie as registers have them.
+        by_outputs=settings.split > 1 and width % (128 // dtype.itemsize) == 0,
+    )
+
+
+def multiply(
+    x: Float[Array, "tokens in"],
+    weight: Weight,
+    settings: Settings,
+    *,
+    exact: bool = False,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "tokens out"]:
+    """The product, `(tokens, out)` in `dtype`; weights and `x` become what pairs of the decoder are, sums float32.
+
+    `exact` keeps `x` of bfloat16 as it is in float16 too, by a power of two for each token. No overlay.
+    """
+    from jax.experimental.mosaic import gpu as mosaic
+    from jax.experimental.pallas import mosaic_gpu
+
+    assert not weight.overlay
+    kind, plan = weight.decoder.kind, _plan(x.shape[0], weight, settings, dtype)
+    units: tuple[Array, ...] = ()
+    if exact and x.dtype != kind:
+        x, unit = _in_range(x)
+        units = (jnp.pad(unit, (0, -plan.tokens % plan.width)),)
+    x = _whole(x.astype(kind), (8, CHUNK))
+    line = 128 // plan.dtype.itemsize
+    room = jax.eval_shape(lambda: _whole(jnp.zeros(plan.shape), (8, line))).shape
+
+    def kernel(x_ref: Any, words_ref: Any, *rest: Any, ring: Any, words: Any, barriers: Any) -> None:
+        *others, out_ref = rest
+        inputs, (results, sums) = ring
+        refs = {"x": x_ref, "words": words_ref, "out": out_ref}
+        program = _Program(
+            plan,
+            weight.decoder,
+            {**refs, "units": others[: len(units)], "extra": tuple(others[len(units) :])},
+            {"inputs": inputs, "words": words, "results": results, "sums": sums},
+            barriers,
+        )
+        program.run()
+
+    def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+        tiling = mosaic_gpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+        return mosaic_gpu.SMEM(shape, dtype, transforms=(tiling, mosaic_gpu.SwizzleTransform(128)))
+
+    tile = (ROWS, plan.width) if plan.by_outputs else (plan.width, ROWS)
+    given = (plan.down, max(plan.share - 1, 1), ROWS, plan.width if plan.share > 1 else LEAST_TOKENS)
+    freed = functools.partial(mosaic_gpu.Barrier, num_arrivals=plan.groups)
+    if plan.cluster > 1:
+        cluster: Any = ("cluster",)
+        inputs_freed = mosaic_gpu.ClusterBarrier(
+            collective_axes=cluster, num_arrivals=plan.groups, num_barriers=plan.ring
+        )
+    else:
+        inputs_freed = freed(num_barriers=plan.ring)
+    scratch = {
+        "ring": mosaic_gpu.RefUnion(
+            shared((plan.ring, plan.share, plan.width, plan.piece), kind),
+            [shared((plan.down, *tile), plan.dtype), mosaic_gpu.SMEM(given, jnp.float32)],
+        ),
+        "words": shared((plan.stages, ROWS * plan.down, plan.words * plan.share), jnp.uint32),
+        "barriers": {
+            "inputs": mosaic_gpu.Barrier(num_arrivals=plan.share, num_barriers=plan.ring),
+            "inputs freed": inputs_freed,
+            "words": mosaic_gpu.Barrier(num_arrivals=1, num_barriers=plan.stages),
+            "words freed": freed(num_barriers=plan.stages),
+            "ended": freed(),
+            "sums": mosaic_gpu.Barrier(num_arrivals=max(plan.groups - plan.down, 1)),
+        },
+    }
+    operands = [x, weight.words, *units, *(extra.reshape(-1) for extra in weight.extra)]
+    operands = [vary_as(operand, *operands) for operand in operands]
+    out = jax.ShapeDtypeStruct((plan.split, *room), plan.dtype).update(manual_axis_type=axes_of(operands[0]))
+    run = mosaic_gpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(-(-plan.out_size // (ROWS * plan.down * plan.cluster)), -(-plan.tokens // plan.width), plan.split),
+        grid_names=("rows", "tokens", "split"),
+        cluster=(plan.cluster,),
+        cluster_names=("cluster",),
+        num_threads=plan.groups + 1,
+        thread_name="group",
+        # Which thread reads what is known here: a barrier around each copy would cost more than the copy.
+        compiler_params=mosaic_gpu.CompilerParams(
+            lowering_semantics=mosaic.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        kernel_name="jaxq_warpgroups",
+    )
+    found = run(*operands)[:, : plan.shape[0], : plan.shape[1]]
+    if plan.split == 1:
+        return found[0]
+    total = found.sum(axis=0).astype(dtype)
+    return total.T if plan.by_outputs else total
+
+
+class _Program:
+    """The kernel: what one program does."""
+
+    def __init__(self, plan: _Plan, decoder: Any, refs: Any, shared: Any, barriers: Any):
+        self.plan, self.decoder, self.refs, self.shared, self.barriers = plan, decoder, refs, shared, barriers
+        self.group = lax.axis_index("group")
+        self.first = (lax.axis_index("rows") * plan.cluster + lax.axis_index("cluster")) * (ROWS * plan.down)
+        self.token = lax.axis_index("tokens") * plan.width
+        self.split = lax.axis_index("split")
+
+    def run(self) -> None:
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan = self.plan
+
+        @pallas.when(self.group == plan.groups)
+        def _copy() -> None:
+            mosaic_gpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            self.copy()
+
+        @pallas.when(self.group < plan.groups)
+        def _compute() -> None:
+            mosaic_gpu.set_max_registers(plan.registers, action="increase")
+            pallas.run_scoped(self.compute, mosaic_gpu.ACC((ROWS, plan.width), jnp.float32))
+
+    def copy(self) -> None:
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan, wait = self.plan, mosaic_gpu.barrier_wait
+        rows, tokens = pallas.ds(self.first, ROWS * plan.down), pallas.ds(self.token, plan.width)
+
+        @pallas.loop(0, plan.steps)
+        def _step(step: Any) -> None:
+            slot, place_in = lax.rem(step, plan.stages), self.split * plan.steps + step
+            pallas.when(step >= plan.stages)(lambda: wait(self.barriers["words freed"].at[slot]))
+            some = pallas.ds(place_in * (plan.words * plan.share), plan.words * plan.share)
+            mosaic_gpu.copy_gmem_to_smem(
+                self.refs["words"].at[rows, some], self.shared["words"].at[slot], self.barriers["words"].at[slot]
+            )
+            for part in range(plan.pieces):
+                number = step * plan.pieces + part
+                place = lax.rem(number, plan.ring)
+                again = functools.partial(wait, self.barriers["inputs freed"].at[place])
+                pallas.when(number >= plan.ring)(again)
+                for share in range(plan.share):
+                    start = (place_in * plan.share + share) * plan.inputs + part * plan.piece
+                    mosaic_gpu.copy_gmem_to_smem(
+                        self.refs["x"].at[tokens, pallas.ds(start, plan.piece)],
+                        self.shared["inputs"].at[place, share],
+                        self.barriers["inputs"].at[place],
+                        collective_axes="cluster" if plan.cluster > 1 else None,
+                    )
+
+        # No program of a cluster may end while another one still writes to its shared memory.
+        for number in range(plan.steps * plan.pieces - plan.ring, plan.steps * plan.pieces):
+            wait(self.barriers["inputs freed"].at[number % plan.ring])
+
+    def compute(self, sums: Any) -> None:
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan = self.plan
+        state = self.decoder.begin(self.tile(0, 0))
+
+        def step_ahead(step: Any, own: Any) -> Any:
+            following = self.read(step + 1)
+            self.step(step, state, own, sums)
+            return following
+
+        lax.fori_loop(0, plan.steps, step_ahead, self.read(0))
+        total = sums[...]
+        # Nobody reads inputs any more.
+        mosaic_gpu.barrier_arrive(self.barriers["ended"])
+        mosaic_gpu.barrier_wait(self.barriers["ended"])
+        self.finish(total)
+
+    @property
+    def share(self) -> Any:
+        """Which of the warpgroups that share inputs this is."""
+        return lax.rem(self.group, self.plan.share)
+
+    @property
+    def row(self) -> Any:
+        """The first output of this warpgroup, of those of the program."""
+        return lax.div(self.group, self.plan.share) * ROWS
+
+    def tile(self, step: Any, block: int) -> Tile:
+        plan = self.plan
+        place = ((self.split * plan.steps + step) * plan.share + self.share) * plan.blocks + block
+        return Tile(Warpgroup(), self.refs["extra"], self.first + self.row, place, self.decoder.order.run)
+
+    def read(self, step: Any) -> list[Any]:
+        return [self.decoder.read(self.tile(step, block)) for block in range(self.plan.blocks)]
+
+    def step(self, step: Any, state: Any, own: Any, sums: Any) -> None:
+        """Adds the products of one step to `sums`."""
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan, order, instructions = self.plan, self.decoder.order, Warpgroup()
+        slot, rows = lax.rem(step, plan.stages), pallas.ds(self.row, ROWS)
+        mosaic_gpu.barrier_wait(self.barriers["words"].at[slot])
+        lines = []
+        for at in range(0, plan.words, LINE):
+            line = self.shared["words"].at[slot, rows, pallas.ds(self.share * plan.words + at, LINE)]
+            lines.append(mosaic_gpu.load(line, layout=words_layout(), optimized=False))
+
+        def words_at(at: int) -> Array:
+            line, column = divmod(at, LINE)
+            return lines[line][:, column : column + order.run]
+
+        pairs: list[Array] = []
+        some = min(plan.piece, DEPTH) // (2 * order.run)
+        done = 0
+        for block in range(plan.blocks):
+            first = block * order.block_words
+            planes = [words_at(first + plane * order.run) for plane in range(order.planes)]
+            for found, scale in self.decoder.decode(instructions, state, own[block], planes):
+                if scale is not None:
+                    both = instructions.twice(scale.astype(jnp.float32))
+                    found = [instructions.multiply_add(pair, both, None) for pair in found]
+                pairs += found
+                while len(pairs) >= some:
+                    self.multiply(step, done, left_operand(pairs[:some], self.decoder.kind), sums)
+                    pairs, done = pairs[some:], done + some * 2 * order.run
+        assert not pairs and done == plan.inputs
+        # Not before: reads of shared memory may still be under way when what follows them is.
+        mosaic_gpu.barrier_arrive(self.barriers["words freed"].at[slot])
+
+    def multiply(self, step: Any, done: int, weights: Array, sums: Any) -> None:
+        """Adds the product of decoded weights with a step's inputs from `done` on."""
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan, depth = self.plan, weights.shape[1]
+        part, column = divmod(done, plan.piece)
+        number = step * plan.pieces + part
+        place, last = lax.rem(number, plan.ring), done + depth == plan.inputs
+        if column == 0:
+            mosaic_gpu.barrier_wait(self.barriers["inputs"].at[place])
+        inputs = self.shared["inputs"].at[place, self.share, :, pallas.ds(column, depth)]
+        mosaic_gpu.wgmma(sums, weights, mosaic_gpu.transpose_ref(inputs, (1, 0)))
+        # All but this one have ended then. At the end of a step this one too: the compiler gives its registers to
+        # the next step without regard to it.
+        mosaic_gpu.wgmma_wait(0 if last else 1)
+        if column == 0 and part:
+            mosaic_gpu.barrier_arrive(self.barriers["inputs freed"].at[lax.rem(number - 1, plan.ring)])
+        if last:
+            mosaic_gpu.barrier_arrive(self.barriers["inputs freed"].at[place])
+
+    def finish(self, total: Array) -> None:
+        """Adds the sums of warpgroups that shared inputs, and writes them."""
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan, place = self.plan, lax.div(self.group, self.plan.share)
+        if plan.share == 1:
+            self.write(total, place)
+            return
+
+        @pallas.when(self.share > 0)
+        def _give() -> None:
+            self.shared["sums"][place, self.share - 1] = total
+            mosaic_gpu.barrier_arrive(self.barriers["sums"])
+
+        @pallas.when(self.share == 0)
+        def _take() -> None:
+            mosaic_gpu.barrier_wait(self.barriers["sums"])
+            whole = total
+            for other in range(plan.share - 1):
+                part = self.shared["sums"].at[place, other]
+                whole += mosaic_gpu.load(part, layout=mosaic_gpu.Layout.WGMMA, optimized=False)
+            self.write(whole, place)
+
+    def write(self, total: Array, place: Any) -> None:
+        """Through shared memory, for whole lines: neighbouring outputs of a token lie in several lanes."""
+        from jax.experimental import pallas
+        from jax.experimental.pallas import mosaic_gpu
+
+        plan, here = self.plan, self.shared["results"].at[place]
+        rows, tokens = pallas.ds(self.first + self.row, ROWS), pallas.ds(self.token, plan.width)
+        for ref in self.refs["units"]:
+            columns = mosaic_gpu.Layout.WGMMA.reduce(0)
+            unit = mosaic_gpu.load(ref.at[tokens], layout=columns, optimized=False)
+            total = total * lax.broadcast_in_dim(unit, total.shape, (1,))
+        total = total.astype(plan.dtype)
+        if plan.by_outputs:
+            here[...] = total
+            there = self.refs["out"].at[self.split, rows, tokens]
+        else:
+            total = mosaic_gpu.layout_cast(total, mosaic_gpu.Layout.WGMMA_TRANSPOSED)
+            mosaic_gpu.transpose_ref(here, (1, 0))[...] = total
+            there = self.refs["out"].at[self.split, tokens, rows]
+        mosaic_gpu.commit_smem()
+        mosaic_gpu.copy_smem_to_gmem(here, there)
+        mosaic_gpu.wait_smem_to_gmem(0)
+
+
+def _whole(x: Array, tile: tuple[int, int]) -> Array:
+    """`x` with zeros behind, so that each axis is shorter than a tile or whole tiles, as copies want it."""
+    pads = [-size % each if size > each else 0 for size, each in zip(x.shape, tile, strict=True)]
+    return jnp.pad(x, [(0, pad) for pad in pads]) if any(pads) else x
+
+
+def _in_range(x: Float[Array, "tokens in"]) -> tuple[Float[Array, "tokens in"], Float[Array, " tokens"]]:
+    """`x` over a power of two for each token, so that float16 holds what bfloat16 did, and those powers."""
+    wide = x.astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=1))
+    # Below the largest float16; what is 2^-30 of a token's largest input or less has fewer digits then.
+    unit = jnp.ldexp(jnp.float32(1), jnp.clip(exponent - 15, -100, 112))
+    return wide / unit[:, None], unit
