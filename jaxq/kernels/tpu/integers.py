@@ -96,19 +96,22 @@ def _body(x, codes, scale, base, out, total, sums, *, group: int, late: bool, fi
         # Single rows are cheap: all that is known before meets them, not the sums of products.
         return [gain * some for some in rows], level - bias * sum(rows)
 
+    if late:
+        # All at once: a sum across lanes for each product is some bundles more.
+        sums[...] += jnp.sum(x[...].astype(jnp.float32), axis=1, keepdims=True)
+
     results = [total[plane] for plane in range(total.shape[0])]
     for start in range(0, deep, size):
         some = x[:, start : start + size]
-        own = jnp.sum(some.astype(jnp.float32), axis=1, keepdims=True)
         parts = (blocks.dot(some, _values(codes, plane, start, size, field)) for plane in range(planes))
         if late:
-            sums[...] += own
             results = [result + part for result, part in zip(results, parts, strict=True)]
             continue
         # Not `//`, which asks what device there is, to round negative numbers. What fills up the last block
         # belongs to no group: its activations are zero.
         row = jnp.minimum(jax.lax.div(step * deep + start, group), scale.shape[1] - 1)
         factors, level = levels(row)
+        own = jnp.sum(some.astype(jnp.float32), axis=1, keepdims=True)
         for factor, part in zip(factors, parts, strict=True):
             results[0] = results[0] + factor * part
         results[0] = results[0] + level * own
