@@ -84,7 +84,7 @@ def _strided_words(
     """Gives one of the words of a part, from one of its bytes up."""
     runs = words.reshape((blocks, -1, words.shape[-1]))
 
-    # XLA stores what has more than 15 users instead of reading it where it is used: hence bytes.
+    # XLA stores what has more than some 15 users instead of reading it where it is used: hence bytes.
     @functools.cache
     def rows(word: int, byte: int) -> Array:
         if byte:
