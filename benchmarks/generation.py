@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+from peer import Peer
 
 import jaxq
 from jaxq import models
@@ -44,7 +44,7 @@ for _ in sys.stdin:
         {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
     )
     reply = json.loads(reply) if isinstance(reply, str) else reply
-    print("RATE", reply["timings"]["predicted_per_second"], flush=True)
+    print("ANSWER", reply["timings"]["predicted_per_second"], flush=True)
 """
 
 
@@ -88,20 +88,18 @@ def main() -> None:
 
     llama = None
     if args.gguf:
-        command = [args.llama_python, "-c", LLAMA, str(args.gguf), str(args.tokens), str(args.threads), PROMPT]
-        llama = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        arguments = [str(args.gguf), str(args.tokens), str(args.threads), PROMPT]
+        llama = Peer(args.llama_python, LLAMA, arguments, "xllamacpp, and is the file a GGUF")
     best: dict[str, float] = {}
     for repeat in range(args.repeats + 1):
         found = {name: rate(params) for name, params in cases.items()}
         if llama is not None:
-            found["llama.cpp"] = _next(llama)
+            found["llama.cpp"] = llama.ask()
         if repeat:  # The first compiles.
             best = {name: max(value, best.get(name, 0.0)) for name, value in found.items()}
             print("  ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
     if llama is not None:
-        llama.communicate()
+        llama.close()
     print("highest: " + "  ".join(f"{name} {value:.1f} tokens/s" for name, value in best.items()))
     if args.json:
         facts = {
@@ -111,16 +109,6 @@ def main() -> None:
         }
         facts |= {"instruction_set": native.instruction_set(), "threads": args.threads, "tokens_per_second": best}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def _next(llama: subprocess.Popen[str]) -> float:
-    assert llama.stdin is not None and llama.stdout is not None
-    llama.stdin.write("\n")
-    llama.stdin.flush()
-    for line in llama.stdout:
-        if line.startswith("RATE"):
-            return float(line.split()[1])
-    raise SystemExit("llama.cpp ended: does the interpreter have xllamacpp, and is the file a GGUF?")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+from peer import Peer
 
 from jaxq import bench
 from jaxq.formats import BitPlane, Codebook, Uniform
@@ -64,7 +64,7 @@ for line in sys.stdin:
         least = min(least, time.perf_counter() - start)
     y = ctypes.cast(ggml.ggml_get_data(results[0]), ctypes.POINTER(ctypes.c_float))
     y, dense = np.ctypeslib.as_array(y, (m, size)), x @ w.T
-    print("LEAST", least, np.linalg.norm(y - dense) / np.linalg.norm(dense), flush=True)
+    print("ANSWER", least, np.linalg.norm(y - dense) / np.linalg.norm(dense), flush=True)
     ggml.ggml_free(context)
 """
 
@@ -81,10 +81,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     native.configure(1)
     batches = [int(size) for size in args.batch.split(",")]
-    command = [args.ggml_python, "-c", GGML, str(args.size)]
-    peer = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    peer = Peer(args.ggml_python, GGML, [str(args.size)], "ggml-py and numpy")
     least: dict[tuple[str, int], float] = {}
 
     def keep(name: str, m: int, milliseconds: float) -> None:
@@ -98,7 +95,8 @@ def main() -> None:
                     keep(f"{format}, {row.implementation}", row.m, row.milliseconds)
             for m in batches:
                 for name in types:
-                    keep(name, m, 1e3 * _ask(peer, f"{name} {m}"))
+                    keep(name, m, 1e3 * peer.ask(f"{name} {m}"))
+    peer.close()
     rows = []
     for format, types in PEERS:
         mine = [name for name, m in least if name.startswith(f"{format}, ") and m == batches[0]]
@@ -111,16 +109,6 @@ def main() -> None:
     if args.json:
         facts = {"jax": jax.__version__, "instruction_set": native.instruction_set(), "rows": rows}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def _ask(peer: subprocess.Popen[str], line: str) -> float:
-    assert peer.stdin is not None and peer.stdout is not None
-    peer.stdin.write(line + "\n")
-    peer.stdin.flush()
-    for answer in peer.stdout:
-        if answer.startswith("LEAST"):
-            return float(answer.split()[1])
-    raise SystemExit("ggml ended: does the interpreter have ggml-py and numpy?")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from jaxq.interpreter import Rules, Walk
 from jaxq.observe import merge_records, observed
 from jaxq.patterns import matches
 from jaxq.sites import Site
-from jaxq.solvers import ranges
+from jaxq.solvers import output_ranges, ranges
 from jaxq.stages import Program, Stage
 from jaxq.steps import Calibrate
 
@@ -114,7 +114,7 @@ def _linear(
     if format is not None and step.weights == "output":
         assert x is not None
         bits = rule.grid.bits if rule is not None and rule.grid is not None and by_output else None
-        on_x, on_w = ranges.linear_output_error(x, matrix, bits, format.bits)
+        on_x, on_w = output_ranges.linear_output_error(x, matrix, bits, format.bits)
         if rule is not None and not by_output:
             on_x = rule.quantizer(x)
         return on_x, _weight_grid(on_w, format)
@@ -154,7 +154,7 @@ def _named(work: Work, stage: Stage, known: dict[str, Array], named: dict[str, s
         kept = {r.grid.share for r in rules}  # type: ignore[union-attr]
         axes = tuple(range(known[a].ndim)) if kept == {"tensor"} else (0, 2, 3)
         with at_path(named[a]):
-            found = ranges.product_output_error(
+            found = output_ranges.product_output_error(
                 known[a], known[b], tuple(r.grid.bits for r in rules),  # type: ignore[union-attr]
                 axes=axes, product=_product(numbers),
             )  # fmt: skip

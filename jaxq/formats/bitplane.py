@@ -17,10 +17,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
+from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, strided_bits, unpack, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
-from jaxq.formats.uniform import SCALE_DTYPES, join_groups, slice_groups, split_groups, tile_unit
+from jaxq.formats.uniform import (
+    SCALE_DTYPES,
+    join_groups,
+    slice_groups,
+    split_groups,
+    tile_unit,
+)
 from jaxq.kernels import bitplane as kernel
 
 
@@ -149,6 +156,25 @@ class BitPlaneArray(QuantizedArray):
         )
         groups = split_groups(bits, min(self.format.rows_per_group(in_size), rows))
         return join_groups(sum_planes(groups, scale[..., None, :], offset[..., None, :]), rows)
+
+    def has_blocks(self, parts: int) -> bool:
+        """Whether `block_sums` takes blocks of so many parts."""
+        in_size, _ = self.matrix_shape
+        return blocks.hold_groups(self.format.rows_per_group(in_size), in_size, parts)
+
+    def block_sums(self, x: Float[Array, "blocks part"], part: jax.Array | int) -> Float[Array, "blocks 1 out"]:
+        """What one part of each block of inputs (`formats.blocks`) adds to a product. For one matrix."""
+        in_size, _ = self.matrix_shape
+        size = self.format.rows_per_group(in_size)
+
+        def of_groups(z: Array) -> Array:
+            return blocks.of_groups(z, size, in_size, len(x), part).astype(jnp.float32)
+
+        total = of_groups(self.offset) * blocks.sum_of(x)
+        for words, scale in zip(self.planes, self.scale, strict=True):
+            bits = (bit for (bit,) in strided_bits(words, 1, len(x), part))
+            total = total + of_groups(scale) * blocks.weighted_sum(x, bits)
+        return total
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:

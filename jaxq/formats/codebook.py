@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
+from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, strided_bits, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.rounding import round_to
 from jaxq.kernels import codebook as kernel
@@ -114,6 +115,17 @@ class CodebookArray(QuantizedArray):
         table = jax.lax.dynamic_slice_in_dim(self.table, column, columns, axis=1)
         return lookup(unpack(words, self.format.bits, rows), table)
 
+    def has_blocks(self, parts: int) -> bool:
+        """Whether `block_sums` takes blocks of so many parts."""
+        del parts  # Each weight takes a selection for all entries but one, which must be few.
+        return self.format.bits <= 4
+
+    def block_sums(self, x: Float[Array, "blocks part"], part: jax.Array | int) -> Float[Array, "blocks 1 out"]:
+        """What one part of each block of inputs (`formats.blocks`) adds to a product. For one matrix."""
+        codes = strided_bits(self.codes, self.format.bits, len(x), part)
+        # Widened afterwards: XLA would store a wide table.
+        return blocks.weighted_sum(x, (_by_bits(bits, self.table).astype(jnp.float32) for bits in codes))
+
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:
             raise JaxqError("take_out reads one matrix; index the batch axes away first, or use jax.vmap")
@@ -195,13 +207,15 @@ def lookup(
 
 
 def _select(codes: Array, table: Array) -> Array:
+    bits = (table.shape[-2] - 1).bit_length()
+    return _by_bits([(codes >> bit) & 1 == 1 for bit in range(bits)], table)
+
+
+def _by_bits(bits: list[Bool[Array, "*batch in out"]], table: Array) -> Float[Array, "*batch in out"]:
     """Halves the candidates by one bit of the code after another, lowest first."""
     candidates = [table[..., entry : entry + 1, :] for entry in range(table.shape[-2])]
-    bit = 0
-    while len(candidates) > 1:
-        odd = (codes >> bit) & 1 == 1
-        candidates = [jnp.where(odd, *pair) for pair in zip(candidates[1::2], candidates[::2], strict=True)]
-        bit += 1
+    for bit in bits:
+        candidates = [jnp.where(bit, *pair) for pair in zip(candidates[1::2], candidates[::2], strict=True)]
     return candidates[0]
 
 

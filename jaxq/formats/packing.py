@@ -7,15 +7,20 @@ checkpoints.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
 WORD = 32
+
+#: Values that `strided` takes at a time: whole words, whatever the bits.
+PART = 32
 
 
 def words_for(count: int, bits: int) -> int:
@@ -45,6 +50,49 @@ def slice_words(
     """The words of values `row` to `row + rows` of some columns; `row` is a multiple of `whole_words(bits)`."""
     words = jax.lax.dynamic_slice_in_dim(words, row * bits // WORD, words_for(rows, bits), axis=words.ndim - 2)
     return jax.lax.dynamic_slice_in_dim(words, column, columns, axis=words.ndim - 1)
+
+
+def strided(
+    words: UInt32[Array, "words out"], bits: int, blocks: int, part: jax.Array | int
+) -> Iterator[Int32[Array, "blocks 1 out"]]:
+    """The values of one of the parts of `PART` values that make a block: one after the other, in all blocks."""
+    rows = _strided_words(words, bits, blocks, part)
+    for place in range(0, PART * bits, bits):
+        word, byte, shift = place // WORD, place % WORD // 8, place % 8
+        code = rows(word, byte) >> np.uint32(shift)
+        if place % WORD + bits > WORD:
+            code = code | rows(word + 1, 0) << np.uint32(WORD - place % WORD)
+        yield (code & np.uint32(2**bits - 1)).astype(jnp.int32)
+
+
+def strided_bits(
+    words: UInt32[Array, "words out"], bits: int, blocks: int, part: jax.Array | int
+) -> Iterator[list[Bool[Array, "blocks 1 out"]]]:
+    """The bits of these values, lowest first."""
+    rows = _strided_words(words, bits, blocks, part)
+
+    def bit(place: int) -> Array:
+        return rows(place // WORD, place % WORD // 8) & np.uint32(1 << place % 8) != 0
+
+    for value in range(0, PART * bits, bits):
+        yield [bit(place) for place in range(value, value + bits)]
+
+
+def _strided_words(
+    words: Array, bits: int, blocks: int, part: jax.Array | int
+) -> Callable[[int, int], UInt32[Array, "blocks 1 out"]]:
+    """Gives one of the words of a part, from one of its bytes up."""
+    runs = words.reshape((blocks, -1, words.shape[-1]))
+
+    # XLA stores what has more than some 15 users instead of reading it where it is used: hence bytes.
+    @functools.cache
+    def rows(word: int, byte: int) -> Array:
+        if byte:
+            return rows(word, 0) >> np.uint32(8 * byte)
+        # Each row by itself: what several slices share would be read by an index that is read again each time.
+        return jax.lax.dynamic_index_in_dim(runs, part * bits + word, axis=1)
+
+    return rows
 
 
 def _pad_rows(x: Array, rows: int) -> Array:

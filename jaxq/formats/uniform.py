@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 from jaxq.errors import JaxqError
+from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, unpack, whole_words, words_for
+from jaxq.formats.packing import capacity_of, pack, slice_words, strided, unpack, whole_words, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.rounding import spacing
 from jaxq.kernels import uniform as kernel
@@ -171,6 +172,23 @@ class UniformArray(QuantizedArray):
             zero = slice_groups(points, size, in_size, row, rows, column, columns)
         groups = split_groups(codes, min(size, rows))
         return join_groups(dequantize_codes(groups, scale[..., None, :], zero[..., None, :]), rows)
+
+    def has_blocks(self, parts: int) -> bool:
+        """Whether `block_sums` takes blocks of so many parts."""
+        in_size, _ = self.matrix_shape
+        return blocks.hold_groups(self.format.rows_per_group(in_size), in_size, parts)
+
+    def block_sums(self, x: Float[Array, "blocks part"], part: jax.Array | int) -> Float[Array, "blocks 1 out"]:
+        """What one part of each block of inputs (`formats.blocks`) adds to a product. For one matrix."""
+        in_size, _ = self.matrix_shape
+        size = self.format.rows_per_group(in_size)
+        scale = blocks.of_groups(self.scale, size, in_size, len(x), part).astype(jnp.float32)
+        zero: Any = float(2 ** (self.format.bits - 1))
+        if self.zero is not None:
+            points = unpack(self.zero, self.format.bits, self.scale.shape[-2])
+            zero = blocks.of_groups(points, size, in_size, len(x), part).astype(jnp.float32)
+        codes = strided(self.codes, self.format.bits, len(x), part)
+        return (blocks.weighted_sum(x, codes) - zero * blocks.sum_of(x)) * scale
 
     def take_out(self, ids: Integer[Array, "*ids"]) -> Float[Array, "*ids in"]:
         if self.batch_shape:

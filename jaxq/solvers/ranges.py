@@ -23,13 +23,12 @@ from jaxtyping import Array, Bool, Float
 from jaxq.errors import JaxqError
 from jaxq.formats.activations import AffineQuantizer, check_bits
 from jaxq.formats.log_activations import LogQuantizer, ShiftLogQuantizer, shifted_log
-from jaxq.solvers.common import Jitted, check
+from jaxq.solvers.common import check
 from jaxq.solvers.samples import Extremes as Extremes
 from jaxq.solvers.samples import Sample as Sample
 
 Axes = int | Sequence[int] | None
 Candidates = TypeVar("Candidates")
-Product = Callable[[Array, Array], Array]
 
 #: Those of RepQ-ViT and I&S-ViT.
 ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -58,7 +57,7 @@ def affine(low: Float[Array, "*grid"], high: Float[Array, "*grid"], bits: int) -
 
 def minmax(x: Float[Array, "*shape"], bits: int, axes: Axes = None) -> AffineQuantizer:
     """The grid over the whole range of the sample."""
-    rows, grid = _rows(_checked(x), axes)
+    rows, grid = by_grid(checked(x), axes)
     return affine(rows.min(axis=1).reshape(grid), rows.max(axis=1).reshape(grid), bits)
 
 
@@ -74,7 +73,7 @@ def percentile(
     """
     check_bits(bits)
     _check_probabilities(percentiles)
-    return _percentile(_checked(x), bits, _axes(x, axes), tuple(percentiles))
+    return _percentile(checked(x), bits, axes_of(x, axes), tuple(percentiles))
 
 
 def mse_grid(
@@ -101,7 +100,7 @@ def mse_grid(
         floor: the least scale.
     """
     check_bits(bits)
-    return _mse_grid(_checked(x), bits, _axes(x, axes), _zeros(bits, zeros), count, floor)
+    return _mse_grid(checked(x), bits, axes_of(x, axes), zero_points(bits, zeros), count, floor)
 
 
 def log(
@@ -116,7 +115,7 @@ def log(
     """The logarithmic grid whose scale is the quantile of least squared error (RepQ-ViT). x >= 0."""
     LogQuantizer(jnp.ones(()), bits, root, official)
     _check_probabilities(percentiles)
-    return _log(_checked(x, signed=False), bits, root, _axes(x, axes), tuple(percentiles), official)
+    return _log(checked(x, signed=False), bits, root, axes_of(x, axes), tuple(percentiles), official)
 
 
 def shift_log(
@@ -145,7 +144,7 @@ def shift_log(
         raise JaxqError(f"the shifts of a shift-log search are positive numbers, not {etas}")
     if score not in ("mse", "row_sum"):
         raise JaxqError(f"unknown score {score!r}; use 'mse' or 'row_sum'")
-    x = _checked(x, signed=False)
+    x = checked(x, signed=False)
     low, high = (x.min(), x.max()) if low_high is None else low_high
     found = _shift_log(x, bits, etas, jnp.asarray(low), jnp.asarray(high), score)
     return dataclasses.replace(found, official=official)
@@ -165,98 +164,27 @@ def choose(candidates: Candidates, error: Callable[[Candidates], Array]) -> Cand
     return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, best[None], axis=0)[0], candidates)
 
 
-def matmul(x: Array, w: Array) -> Array:
-    """`x @ w` in full float32."""
-    return jnp.matmul(x, w, precision="highest")
-
-
-def linear_output_error(
-    x: Float[Array, "*tokens in"],
-    w: Float[Array, "in out"],
-    bits: int | None,
-    weight_bits: int,
-    *,
-    rounds: int = 3,
-    count: int = 128,
-) -> tuple[AffineQuantizer | None, AffineQuantizer]:
-    """Grids of a linear layer's input, per tensor, and of its weight, per output (APHQ-ViT's code).
-
-    Both start from `mse_grid`. Then in turn, `rounds` times: the weight's grids by the squared error of the output
-    made with the quantized input, channel by channel; the input's grid by that with the quantized weight. The
-    error never grows from one to the next.
-
-    Args:
-        x: input of the layer.
-        w: the weight.
-        bits: of the input; None leaves it alone, and then the weight is searched once.
-        weight_bits: of the weight.
-        rounds: 0 for the grids of least error of the operands themselves.
-        count: candidates of each search.
-
-    Returns (quantizer of x or None, quantizer of w with members `(out,)`). Time: errors are quadratic in what a
-    candidate changes, so that one of the weight costs in^2 out and one of the input tokens in min(in, out).
-    """
-    for each in (bits, weight_bits):
-        None if each is None else check_bits(each)
-    x, w = _checked(x), _checked(w)
-    return _linear(x.reshape(-1, x.shape[-1]), w, bits, weight_bits, rounds, count)
-
-
-def product_output_error(
-    a: Float[Array, "*a"],
-    b: Float[Array, "*b"],
-    bits: int | tuple[int, int],
-    *,
-    axes: Axes = (0, 2, 3),
-    product: Product = matmul,
-    rounds: int = 3,
-    points: int = 128,
-) -> tuple[AffineQuantizer, AffineQuantizer]:
-    """Grids of both operands of a product of activations, by the squared error of the product (APHQ-ViT's code).
-
-    A range's upper end goes from Q_0.99 to Q_0.99999 and its lower from Q_0.01 to Q_0.00001 in equal steps, the
-    last left out. First both ends together: for a with b not quantized, for b with a quantized. Then in turn,
-    `rounds` times: the lower end of a, its upper end, those of b. That never makes the error larger.
-
-    Args:
-        a: first operand, such as the queries `(batch, head, token, feature)` or the attention weights.
-        b: second operand, such as the keys, already transposed, or the values.
-        bits: of both, or of each.
-        axes: axes of a, b and the product that share a grid; the default keeps the heads.
-        product: how they meet; it keeps the axes that are not in `axes` where they are.
-        rounds: of the search for one end at a time.
-        points: candidates of each search.
-    """
-    pair = (bits, bits) if isinstance(bits, int) else tuple(bits)
-    for each in pair:
-        check_bits(each)
-    a, b = _checked(a), _checked(b)
-    if a.ndim != b.ndim:
-        raise JaxqError(f"operands of shape {a.shape} and {b.shape} do not have the same number of axes")
-    return _product(a, b, pair, _axes(a, axes), product, rounds, points)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _percentile(x: Array, bits: int, axes: tuple[int, ...], percentiles: tuple[float, ...]) -> AffineQuantizer:
-    rows, grid = _rows(x, axes)
-    low = _quantiles(rows, [1 - p for p in percentiles])
-    return _least_error(rows, affine(low, _quantiles(rows, percentiles), bits), grid)
+    rows, grid = by_grid(x, axes)
+    low = quantiles(rows, [1 - p for p in percentiles])
+    return least_error(rows, affine(low, quantiles(rows, percentiles), bits), grid)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _mse_grid(
     x: Array, bits: int, axes: tuple[int, ...], zeros: tuple[int, ...], count: int, floor: float
 ) -> AffineQuantizer:
-    rows, grid = _rows(x, axes)
-    return _least_error(rows, _scales_and_zeros(rows, bits, zeros, count, floor), grid)
+    rows, grid = by_grid(x, axes)
+    return least_error(rows, scales_and_zeros(rows, bits, zeros, count, floor), grid)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _log(
     x: Array, bits: int, root: int, axes: tuple[int, ...], percentiles: tuple[float, ...], official: bool
 ) -> LogQuantizer:
-    rows, grid = _rows(x, axes)
-    return _least_error(rows, LogQuantizer(_quantiles(rows, percentiles), bits, root, official), grid)
+    rows, grid = by_grid(x, axes)
+    return least_error(rows, LogQuantizer(quantiles(rows, percentiles), bits, root, official), grid)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 5))
@@ -276,113 +204,7 @@ def _shift_log(
     return choose(ShiftLogQuantizer(eta, shifted_log(low, eta), shifted_log(high, eta), bits), error)
 
 
-# Compiling each search with a trial of every way to multiply would take a GPU longer than all it is for: 18 s each
-# for the six of a DeiT-Small block, 4 s without those of Triton (H200), where a search runs for a second or two.
-_SEARCH = {"xla_gpu_enable_triton_gemm": False}
-
-
-def _linear_search(
-    x: Array, w: Array, bits: int | None, weight_bits: int, rounds: int, count: int
-) -> tuple[AffineQuantizer | None, AffineQuantizer]:
-    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    w_rows, w_grid = _rows(w, (0,))
-    w_candidates = _scales_and_zeros(w_rows, weight_bits, _zeros(weight_bits, None), count, WEIGHT_FLOOR)
-    for_w = _least_error(w_rows, w_candidates, w_grid)
-
-    def by_w(x_hat: Array) -> AffineQuantizer:
-        # |x_hat (w + d) - x w|^2 for a change d of the weight, but for what d does not change.
-        gram, cross = matmul(x_hat.T, x_hat), matmul(x_hat.T, matmul(x_hat - x, w))
-
-        def error(q: AffineQuantizer) -> Array:
-            d = q(w) - w
-            return jnp.sum(d * (matmul(gram, d) + 2 * cross), axis=0)
-
-        return choose(w_candidates, error)
-
-    if bits is None:
-        return None, by_w(x) if rounds else for_w
-    x_rows, _ = _rows(x, (0, 1))
-    x_candidates = _scales_and_zeros(x_rows, bits, _zeros(bits, None), count, ACTIVATION_FLOOR)
-    x_candidates = jax.tree.map(lambda leaf: leaf[:, 0], x_candidates)
-    for_x = choose(x_candidates, lambda q: jnp.mean(jnp.square(q(x) - x)))
-
-    def by_x(w_hat: Array) -> AffineQuantizer:
-        # |(x + d) w_hat - x w|^2 for a change d of the input.
-        missed = matmul(x, w_hat - w)
-        if w.shape[1] <= w.shape[0]:
-            return choose(x_candidates, lambda q: jnp.sum(jnp.square(matmul(q(x) - x, w_hat) + missed)))
-        gram, cross = matmul(w_hat, w_hat.T), matmul(missed, w_hat.T)
-
-        def error(q: AffineQuantizer) -> Array:
-            d = q(x) - x
-            return jnp.sum(d * (matmul(d, gram) + 2 * cross))
-
-        return choose(x_candidates, error)
-
-    def both(_: Any, found: tuple[AffineQuantizer, AffineQuantizer]) -> tuple[AffineQuantizer, AffineQuantizer]:
-        for_w = by_w(found[0](x))
-        return by_x(for_w(w)), for_w
-
-    return jax.lax.fori_loop(0, rounds, both, (for_x, for_w))
-
-
-_linear = Jitted(_linear_search, (2, 3, 4, 5), _SEARCH)
-
-Ends = tuple[Array, Array]
-
-
-def _product_search(
-    a: Array,
-    b: Array,
-    bits: tuple[int, int],
-    axes: tuple[int, ...],
-    product: Product,
-    rounds: int,
-    points: int,
-) -> tuple[AffineQuantizer, AffineQuantizer]:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    exact = product(a, b)
-
-    def ends(x: Array) -> Ends:
-        """Candidates for the lower and the upper end, `(points, *grid)` each."""
-        rows, grid = _rows(x, axes)
-        inner, outer = _quantiles(rows, (0.01, 0.99)), _quantiles(rows, (0.00001, 0.99999))
-        share = (jnp.arange(points) / points)[:, None, None]
-        low, high = jnp.moveaxis(inner + (outer - inner) * share, 1, 0)
-        return low.reshape((points, *grid)), high.reshape((points, *grid))
-
-    def error(a_hat: Array, b_hat: Array) -> Array:
-        rows, grid = _rows(exact - product(a_hat, b_hat), axes)
-        return jnp.mean(jnp.square(rows), axis=1).reshape(grid)
-
-    def a_hat(end: Ends) -> Array:
-        return affine(*end, bits[0])(a)
-
-    def b_hat(end: Ends) -> Array:
-        return affine(*end, bits[1])(b)
-
-    def each_end(candidates: Ends, found: Ends, error: Callable[[Ends], Array]) -> Ends:
-        low = choose(candidates[0], lambda low: error((low, found[1])))
-        return low, choose(candidates[1], lambda high: error((low, high)))
-
-    def both(_: Any, found: tuple[Ends, Ends]) -> tuple[Ends, Ends]:
-        of_b = b_hat(found[1])
-        for_a = each_end(a_ends, found[0], lambda end: error(a_hat(end), of_b))
-        of_a = a_hat(for_a)
-        return for_a, each_end(b_ends, found[1], lambda end: error(of_a, b_hat(end)))
-
-    a_ends, b_ends = ends(a), ends(b)
-    for_a = choose(a_ends, lambda end: error(a_hat(end), b))
-    of_a = a_hat(for_a)
-    for_b = choose(b_ends, lambda end: error(of_a, b_hat(end)))
-    for_a, for_b = jax.lax.fori_loop(0, rounds, both, (for_a, for_b))
-    return affine(for_a[0], for_a[1], bits[0]), affine(for_b[0], for_b[1], bits[1])
-
-
-_product = Jitted(_product_search, (2, 3, 4, 5, 6), _SEARCH)
-
-
-def _least_error(rows: Float[Array, "grids n"], candidates: Any, grid: tuple[int, ...]) -> Any:
+def least_error(rows: Float[Array, "grids n"], candidates: Any, grid: tuple[int, ...]) -> Any:
     """Of candidates `(count, grids)`, for each row the one of least squared error, in the shape of the grid."""
 
     def error(q: Any) -> Float[Array, " grids"]:
@@ -392,11 +214,11 @@ def _least_error(rows: Float[Array, "grids n"], candidates: Any, grid: tuple[int
     return jax.tree.map(lambda leaf: leaf.reshape(grid), choose(candidates, error))
 
 
-def _scales_and_zeros(
+def scales_and_zeros(
     rows: Float[Array, "grids n"], bits: int, zeros: tuple[int, ...], count: int, floor: float
 ) -> AffineQuantizer:
     """The candidates of `mse_grid`, members `(scales * zeros, grids)`."""
-    near, far = _quantiles(rows, (0.1, 0.9))
+    near, far = quantiles(rows, (0.1, 0.9))
     least, most = jnp.minimum(rows.min(axis=1), 0.0), jnp.maximum(rows.max(axis=1), 0.0)
     steps = max(1, count // len(zeros))
     scales = jnp.linspace(far - near, most - least, steps) / (2**bits - 1)
@@ -407,7 +229,7 @@ def _scales_and_zeros(
     return AffineQuantizer(scale.reshape(-1, len(rows)), zero.reshape(-1, len(rows)), bits)
 
 
-def _zeros(bits: int, zeros: Sequence[int] | None) -> tuple[int, ...]:
+def zero_points(bits: int, zeros: Sequence[int] | None) -> tuple[int, ...]:
     if zeros is not None:
         if not zeros:
             raise JaxqError("a search needs a zero point to try")
@@ -417,7 +239,7 @@ def _zeros(bits: int, zeros: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def _quantiles(
+def quantiles(
     rows: Float[Array, "grids n"], probabilities: Sequence[float]
 ) -> Float[Array, "probabilities grids"]:
     """Quantiles of each row, by linear interpolation.
@@ -434,7 +256,7 @@ def _quantiles(
     return low + (high - low) * share
 
 
-def _axes(x: Any, axes: Axes) -> tuple[int, ...]:
+def axes_of(x: Any, axes: Axes) -> tuple[int, ...]:
     """The axes that share a grid, none negative, in order."""
     ndim = jnp.ndim(x)
     named = tuple(range(ndim)) if axes is None else (axes,) if isinstance(axes, int) else tuple(axes)
@@ -443,16 +265,16 @@ def _axes(x: Any, axes: Axes) -> tuple[int, ...]:
     return tuple(sorted({axis % ndim for axis in named}))
 
 
-def _rows(x: Array, axes: Axes) -> tuple[Float[Array, "grids n"], tuple[int, ...]]:
+def by_grid(x: Array, axes: Axes) -> tuple[Float[Array, "grids n"], tuple[int, ...]]:
     """The sample with a row for each grid, in float32, and the shape of the grids."""
-    shared = _axes(x, axes)
+    shared = axes_of(x, axes)
     kept = [axis for axis in range(x.ndim) if axis not in shared]
     rows = jnp.transpose(x, (*kept, *shared)).reshape((math.prod(x.shape[axis] for axis in kept), -1))
     grid = [1 if axis in shared else x.shape[axis] for axis in range(x.ndim)]
     return rows.astype(jnp.float32), tuple(grid[kept[0] :]) if kept else ()
 
 
-def _checked(x: Any, signed: bool = True) -> Array:
+def checked(x: Any, signed: bool = True) -> Array:
     """The sample as an array; JaxqError unless it has numbers, all finite, and none negative if not `signed`."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -10,7 +10,7 @@ import pytest
 import jaxq
 from jaxq.blockwise import blocks, search
 from jaxq.blockwise.work import leaves
-from jaxq.solvers import ranges
+from jaxq.solvers import output_ranges, ranges
 from jaxq.steps import Calibrate
 
 
@@ -36,7 +36,7 @@ def same(a, b):
 def test_linear_layers_by_output(vit, inputs, found):
     w = vit.params["blocks"]["0"]["mlp"]["fc2"]["kernel"]
     x = inputs["blocks/0/mlp/fc2/kernel"]
-    on_x, on_w = ranges.linear_output_error(x, w, 3, 3)
+    on_x, on_w = output_ranges.linear_output_error(x, w, 3, 3)
     same(found.inputs["blocks/0/mlp/fc2/kernel"], on_x)
     grid = found.weights["blocks/0/mlp/fc2/kernel"]
     same((grid.scale, grid.zero), (on_w.scale.ravel(), on_w.zero.ravel()))
@@ -50,7 +50,7 @@ def test_linear_layers_by_output(vit, inputs, found):
 def test_products_by_output(inputs, found):
     names = [f"blocks/0/attn/{p}" for p in ("query", "key", "probs", "value")]
     q, k, p, v = (inputs[name] for name in names)
-    scores = ranges.product_output_error(q, jnp.swapaxes(k, -1, -2), 3)
+    scores = output_ranges.product_output_error(q, jnp.swapaxes(k, -1, -2), 3)
     assert found.named[names[0]].scale.shape == (2, 1, 1)
 
     def error(a, b):

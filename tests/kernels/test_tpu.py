@@ -1,6 +1,8 @@
 """Products for TPUs against float64, in Pallas's interpret mode with race detection. No TPU runs here."""
 
 import contextlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +268,8 @@ def test_from_one_target_to_another():
 )
 def test_generations(kind, target):
     assert generations.of_device_kind(kind) == target
+
+
+def test_to_import_the_package_does_not_load_the_compiler():
+    code = "import sys, jaxq; assert 'jax.experimental.pallas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Integer
 
 from jaxq.kernels.codebook import tpu_words
@@ -83,11 +81,7 @@ def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens
     else:
         tiles, table = _each(_gather_twice), table.astype(jnp.float32)
     body = functools.partial(_body, tiles=tiles, bits=bits)
-    return blocks.product(body, x, [(packed, 32 // words.FIELD[bits])], [table], _scratch)
-
-
-def _scratch(rows: int, wide: int) -> list[Any]:
-    return [pltpu.VMEM((rows, wide), jnp.float32)]
+    return blocks.product(body, x, [(packed, 32 // words.FIELD[bits])], [table], lambda *shape: [shape])
 
 
 def _rows(table: Array, rows: int) -> Array:
@@ -127,6 +121,7 @@ def _pieces(table: Float[Array, "entries out"]) -> Float[Array, "pieces 16 out"]
 
 def _body(x, packed, table, out, total, *, tiles: Callable[..., list[Array]], bits: int) -> None:
     """One block: x `[tokens, deep]`, words `[rows, wide]`, the table of its outputs `[..., entries, wide]`."""
+    from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -152,7 +147,7 @@ def _tiles_of_halves(packed, start: int, size: int, bits: int, table: Array) -> 
     for row in range(start, start + size, words.TILE):
         first, shift = words.place(row, field)
         some = words.shifted(packed[first : first + words.SUBLANES, :], -shift)
-        codes = pltpu.bitcast(some & jnp.int32(mask | mask << 16), jnp.int16)
+        codes = words.in_pairs(some & jnp.int32(mask | mask << 16), jnp.int16)
         found = [_take(piece, codes) for piece in table]
         # The smallest first: sums of neighbours among the pieces are exact.
         tiles.append(found[0] if len(found) == 1 else sum(piece.astype(jnp.float32) for piece in found[::-1]))

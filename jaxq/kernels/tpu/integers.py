@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jaxq.kernels.tpu import blocks, words
@@ -64,9 +62,8 @@ def product(
     group = group if groups > 1 else codes.shape[-2] * per_row
     body = functools.partial(_body, group=group, late=late, field=field if packed else 0)
 
-    def scratch(rows: int, wide: int) -> list[Any]:
-        totals = planes if late else 1
-        return [pltpu.VMEM((totals, rows, wide), jnp.float32), pltpu.VMEM((rows, words.LANES), jnp.float32)]
+    def scratch(rows: int, wide: int) -> list[tuple[int, ...]]:
+        return [(planes if late else 1, rows, wide), (rows, words.LANES)]
 
     return blocks.product(body, blocks.precise(x), [(codes, per_row)], [scale, base], scratch)
 
@@ -77,6 +74,8 @@ def _body(x, codes, scale, base, out, total, sums, *, group: int, late: bool, fi
     `total` `[1, tokens, wide]` is the result so far, or if scales are `late` `[planes, tokens, wide]`, the sums of
     products without them; `sums` is then, in all its lanes, what the activations add up to.
     """
+    from jax.experimental import pallas as pl
+
     step, deep = pl.program_id(1), x.shape[1]
     size = blocks.chunk(group, deep, DEEP)
     gain, bias = (2**field, 2**field) if field else (1, -8)
@@ -96,19 +95,22 @@ def _body(x, codes, scale, base, out, total, sums, *, group: int, late: bool, fi
         # Single rows are cheap: all that is known before meets them, not the sums of products.
         return [gain * some for some in rows], level - bias * sum(rows)
 
+    if late:
+        # All at once: a sum across lanes for each product is some bundles more.
+        sums[...] += jnp.sum(x[...].astype(jnp.float32), axis=1, keepdims=True)
+
     results = [total[plane] for plane in range(total.shape[0])]
     for start in range(0, deep, size):
         some = x[:, start : start + size]
-        own = jnp.sum(some.astype(jnp.float32), axis=1, keepdims=True)
         parts = (blocks.dot(some, _values(codes, plane, start, size, field)) for plane in range(planes))
         if late:
-            sums[...] += own
             results = [result + part for result, part in zip(results, parts, strict=True)]
             continue
         # Not `//`, which asks what device there is, to round negative numbers. What fills up the last block
         # belongs to no group: its activations are zero.
         row = jnp.minimum(jax.lax.div(step * deep + start, group), scale.shape[1] - 1)
         factors, level = levels(row)
+        own = jnp.sum(some.astype(jnp.float32), axis=1, keepdims=True)
         for factor, part in zip(factors, parts, strict=True):
             results[0] = results[0] + factor * part
         results[0] = results[0] + level * own
@@ -134,5 +136,5 @@ def _values(codes, plane: int, start: int, size: int, field: int) -> Array:
     for row in range(start, start + size, words.TILE):
         first, shift = words.place(row, field)
         some = words.shifted(codes[plane, first : first + words.SUBLANES, :], FRACTION - field - shift)
-        tiles.append(pltpu.bitcast(some & jnp.int32(mask | mask << 16) | jnp.int32(ONES), jnp.bfloat16))
+        tiles.append(words.in_pairs(some & jnp.int32(mask | mask << 16) | jnp.int32(ONES), jnp.bfloat16))
     return jnp.concatenate(tiles, axis=0)

@@ -7,9 +7,11 @@ exponent put in front, already a tile of 16 rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Integer, UInt8
+from jaxtyping import Array, Int32, Integer, Shaped, UInt8
 
 #: Rows of words in a register, and of bfloat16 numbers.
 SUBLANES = 8
@@ -76,3 +78,10 @@ def shifted(words: Int32[Array, "8 lanes"], places: int) -> Int32[Array, "8 lane
     if places > 0:
         return words << places
     return jax.lax.shift_right_logical(words, jnp.int32(-places))
+
+
+def in_pairs(words: Int32[Array, "8 lanes"], dtype: Any) -> Shaped[Array, "16 lanes"]:
+    """Halves of words as a tile of 16-bit numbers, in a kernel."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.bitcast(words, dtype)
