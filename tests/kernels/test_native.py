@@ -35,7 +35,7 @@ def runs_here(name: str) -> bool:
     return True
 
 
-SETS = [name for name in ("avx512", "avx2", "scalar") if native.available() and runs_here(name)]
+SETS = [name for name in ("avx512bf16", "avx512", "avx2", "scalar") if native.available() and runs_here(name)]
 #: Formats, each with inputs and outputs at some edge of a block, a run, a group, a tile or a slab.
 CASES = [
     (Codebook(1, "bfloat16"), 1, 1),

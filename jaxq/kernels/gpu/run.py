@@ -12,9 +12,6 @@ from jaxq.kernels import tuning
 from jaxq.kernels.gpu import rows, tiles
 from jaxq.kernels.gpu.weights import Settings, Weight
 
-#: Bytes of an activation where sums are in float32.
-EXACT_DIGITS = 4
-
 #: Tokens up to which float32 sums have a kernel.
 EXACT_TOKENS = 8
 

@@ -69,30 +69,38 @@ inline V codes_of(const uint8_t* block, int run, int part) {
 template <int kBits>
 constexpr bool kFits = (1 << kBits) <= Simd::kFloats;
 
-// Values of a vector of codes come as four vectors of floats. Vector q holds inputs 4 * i + q where a vector of floats
-// is the table, and 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
-void order(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out) {
+// A vector of numbers of type X, and how many of them a vector of codes stands for.
+template <class X>
+using Vector = decltype(Simd::loadf(static_cast<const X*>(nullptr)));
+template <class X>
+constexpr int kVectors = sizeof(X);
+
+// Vector q of the values of a vector of codes holds inputs kVectors * i + q where a vector of numbers is the table, and
+// 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
+template <class X>
+void order(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out) {
   const bool lanes = 1 << bits > Simd::kFloats;
   for (int64_t token = 0; token < tokens; ++token) {
-    const float* from = x + token * inputs;
-    float* to = out + token * padded;
+    const X* from = x + token * inputs;
+    X* to = out + token * padded;
     for (int64_t start = 0; start < padded; start += Simd::kBytes)
-      for (int q = 0; q < 4; ++q)
-        for (int i = 0; i < Simd::kFloats; ++i) {
-          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : 4 * i + q);
-          *to++ = input < inputs ? from[input] : 0.0f;
+      for (int q = 0; q < kVectors<X>; ++q)
+        for (int i = 0; i < Simd::kBytes / kVectors<X>; ++i) {
+          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : kVectors<X> * i + q);
+          *to++ = input < inputs ? from[input] : X{};
         }
   }
 }
 
 // ---- values of codes: `start` before the first run, `next` after each, and a call for each vector of codes, which
-// gives something whose element q is a vector of floats ----
+// gives something whose element q is a vector of numbers ----
 
 // Looked up when it is asked for: there are not registers enough for four vectors of several rows.
+template <class X>
 struct Found {
-  F table;
+  Vector<X> table;
   V codes;
-  F operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
+  Vector<X> operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
 };
 
 struct Four {
@@ -161,13 +169,18 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
+// Codes as numbers, again and again: an index may have any bits above those of its code.
+template <int kBits, int kMask = (1 << kBits) - 1>
+alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
+    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
+
 // The tables of kRows rows for each group, where tables fit vectors.
-template <int kRows>
+template <int kRows, class X>
 class TableDecoder {
  public:
-  static constexpr bool kLoose = true;
+  static constexpr bool kLoose = true, kScaled = false;
 
-  TableDecoder(const float* tables, Groups groups) : tables_(tables), groups_(groups) {}
+  TableDecoder(const X* tables, Groups groups) : tables_(tables), groups_(groups) {}
   JAXQ_INLINE void start(int64_t run) {
     groups_.start(run);
     enter();
@@ -176,31 +189,74 @@ class TableDecoder {
     if (groups_.next()) enter();
   }
   template <class R>
-  JAXQ_INLINE Found operator()(R r, V codes) const { return {table_[r.value], codes}; }
+  JAXQ_INLINE Found<X> operator()(R r, V codes) const { return {table_[r.value], codes}; }
 
  private:
   JAXQ_INLINE void enter() {
-    const float* at = tables_ + groups_.at() * kRows * Simd::kFloats;
-    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::loadf(at + r.value * Simd::kFloats); });
+    const X* at = tables_ + groups_.at() * kRows * Simd::kFloats;
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::table(at + r.value * Simd::kFloats); });
   }
 
-  const float* tables_;  // (groups, kRows, Simd::kFloats)
+  const X* tables_;  // (groups, kRows, Simd::kFloats)
   Groups groups_;
-  F table_[kRows];
+  Vector<X> table_[kRows];
 };
 
 // Decoders as they are handed to functions, where vectors would go through memory.
-template <int kRows>
+template <int kRows, class X>
 struct TableValues {
-  const float* tables;
+  const X* tables;
   Groups groups;
-  JAXQ_INLINE TableDecoder<kRows> decoder() const { return {tables, groups}; }
+  JAXQ_INLINE TableDecoder<kRows, X> decoder() const { return {tables, groups}; }
+};
+
+// Codes less their zero point, which bfloat16 holds exactly, of kRows rows; sums of a group are scaled afterwards, as floats.
+template <int kBits, int kRows, class X>
+class ScaledDecoder {
+ public:
+  static constexpr bool kLoose = true, kScaled = true;
+
+  ScaledDecoder(const float* scales, int64_t stride, Groups groups) : scales_(scales), stride_(stride), groups_(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups_.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups_.next()) enter();
+  }
+  // Whether the run is the last of its group.
+  JAXQ_INLINE bool last() const { return groups_.left == 1; }
+  template <class R>
+  JAXQ_INLINE F scale(R r) const { return Simd::setf(scales_[2 * r.value * stride_ + groups_.at()]); }
+  template <class R>
+  JAXQ_INLINE Found<X> operator()(R r, V codes) const { return {table_[r.value], codes}; }
+
+ private:
+  JAXQ_INLINE void enter() {
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      const float zero = scales_[(2 * r.value + 1) * stride_ + groups_.at()];
+      table_[r.value] = Simd::table(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zero)));
+    });
+  }
+
+  const float* scales_;  // (kRows, 2, stride): scales, then zero points
+  int64_t stride_;
+  Groups groups_;
+  Vector<X> table_[kRows];
+};
+
+template <int kBits, int kRows, class X>
+struct ScaledValues {
+  const float* scales;
+  int64_t stride;
+  Groups groups;
+  JAXQ_INLINE ScaledDecoder<kBits, kRows, X> decoder() const { return {scales, stride, groups}; }
 };
 
 // One table by bytes.
 template <class T>
 struct ByteValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   BytePlanes<T> table;
 
   ByteValues decoder() const { return *this; }
@@ -215,7 +271,7 @@ inline ByteValues<T> by_bytes(const T* values, int entries) { return {BytePlanes
 
 // (code - zero) * scale: a code becomes a float by standing below the exponent of 2^23.
 struct GridValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   const float* scales;
   const float* zeros;
   Groups groups;
@@ -251,7 +307,7 @@ struct GridValues {
 // fit vectors.
 template <int kBits>
 struct LevelValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   const float* scales;  // (bits + 1, stride), the offset last
   int64_t stride;
   Groups groups;
@@ -295,10 +351,6 @@ inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros)
 
 // ---- tables that fit a vector, where element i is that of code i % 2^bits: an index may have any bits above those of
 // its code ----
-
-template <int kBits, int kMask = (1 << kBits) - 1>
-alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
-    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
 
 // Whether bit kBit of a code is set.
 template <int kBit, int kOne = 1 << kBit>
