@@ -101,7 +101,7 @@ inline void few_tokens(const Codes& c, ValuesOf values_of, const X* x, int64_t b
   using Decoder = decltype(values_of(0, Int<1>{}, 0, 0).decoder());
   constexpr int64_t kInputs = runs_in_block(kBits) * kRun;
   // Rows whose values are in registers, with as many tokens, so that sums stay there too.
-  constexpr int kMost = kFits<kBits> ? Simd::kRows : 1, kWide = kMost < 2 || Decoder::kScaled ? 1 : 2;
+  constexpr int kMost = kFits<kBits> ? Simd::kRows : 1, kWide = kMost < 2 ? 1 : 2;
   const int64_t padded = c.blocks * kInputs;
   // The activations of several tokens are read again for every row: so many inputs at a time stay in the first cache.
   const int64_t step = c.tokens == 1 ? c.blocks : kSlab * 4 / kVectors<X> / kInputs;
@@ -111,11 +111,12 @@ inline void few_tokens(const Codes& c, ValuesOf values_of, const X* x, int64_t b
   for (int64_t first = 0; first < c.blocks; first += step) {
     const int64_t last = first + step < c.blocks ? first + step : c.blocks;
     int64_t t = 0;
+    // Fewer kinds of products of bfloat16, each of which takes its time to compile; totals take registers like sums.
     for (; t + Simd::kTokens <= c.tokens; t += Simd::kTokens)
       direct_rows<kBits, kWide, Simd::kTokens>(c, values_of, x, padded, begin, end, t, first, last);
     if constexpr (Simd::kTokens > 4)
       for (; t + 4 <= c.tokens; t += 4) direct_rows<kBits, kMost / (Decoder::kScaled ? 2 : 1), 4>(c, values_of, x, padded, begin, end, t, first, last);
-    if constexpr (Simd::kTokens > 2)
+    if constexpr (Simd::kTokens > 2 && kVectors<X> == 4)
       for (; t + 2 <= c.tokens; t += 2) direct_rows<kBits, kMost, 2>(c, values_of, x, padded, begin, end, t, first, last);
     for (; t < c.tokens; ++t) direct_rows<kBits, kMost, 1>(c, values_of, x, padded, begin, end, t, first, last);
   }
@@ -238,8 +239,8 @@ void grid_bits(const Codes& c, const Grid& grid, const X* x, int64_t begin, int6
   float* scales = scales_in(scratch, stride);
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
     if constexpr (kVectors<X> == 2) {
-      for (int r = 0; r < rows.value; ++r) grid_row(grid, row + r, scales + 2 * r * stride, scales + (2 * r + 1) * stride);
-      return ScaledValues<kBits, rows.value, X>{scales, stride, groups};
+      for (int r = 0; r < rows.value; ++r) widen(grid.scale, grid.type, (row + r) * stride, stride, scales + r * stride);
+      return ScaledValues<kBits, rows.value, X>{scales, grid.zero + row * stride, stride, groups};
     } else if constexpr (kFits<kBits>) {
       const Range range = groups_in<kBits>(groups, first, last);
       for (int r = 0; r < rows.value; ++r) {
@@ -256,35 +257,23 @@ void grid_bits(const Codes& c, const Grid& grid, const X* x, int64_t begin, int6
   products<kBits>(c, values_of, x, begin, end, scratch);
 }
 
-template <class T>
-inline void widen(const void* from, int64_t start, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += Simd::kFloats) Simd::storef(to + i, Simd::scales(static_cast<const T*>(from) + start + i));
-}
-
 template <int kBits, class X>
 void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin, int64_t end, float* scratch) {
   const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
   const Groups groups{levels.group_runs, levels.groups};
   X* tables = tables_in<X>(scratch);
   float* scales = scales_in(scratch, stride);
-  const auto widen_row = [&](int64_t row) {
-    switch (levels.type) {
-      case kFloat32: return widen<float>(levels.scale, row * count, count, scales);
-      case kFloat16: return widen<Half>(levels.scale, row * count, count, scales);
-      case kBFloat16: return widen<BFloat>(levels.scale, row * count, count, scales);
-    }
-  };
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
     if constexpr (kFits<kBits>) {
       const Range range = groups_in<kBits>(groups, first, last);
       for (int r = 0; r < rows.value; ++r) {
-        widen_row(row + r);
+        widen(levels.scale, levels.type, (row + r) * count, count, scales);
         for (int64_t g = range.begin; g < range.end; ++g)
           Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, level_table<kBits>(scales, stride, g));
       }
       return TableValues<rows.value, X>{tables, groups};
     } else {
-      widen_row(row);
+      widen(levels.scale, levels.type, row * count, count, scales);
       return LevelValues<kBits>{scales, stride, groups, {}};
     }
   };
@@ -293,17 +282,17 @@ void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin
 
 template <class X>
 void lookup(const Codes& c, const Table& table, const X* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { lookup_bits<bits.value>(c, table, x, begin, end, scratch); });
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { lookup_bits<bits.value>(c, table, x, begin, end, scratch); });
 }
 
 template <class X>
 void grid(const Codes& c, const Grid& grid, const X* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { grid_bits<bits.value>(c, grid, x, begin, end, scratch); });
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { grid_bits<bits.value>(c, grid, x, begin, end, scratch); });
 }
 
 template <class X>
 void levels(const Codes& c, const Levels& levels, const X* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { levels_bits<bits.value>(c, levels, x, begin, end, scratch); });
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { levels_bits<bits.value>(c, levels, x, begin, end, scratch); });
 }
 
 }  // namespace

@@ -306,6 +306,11 @@ bool fits_type(const Activations& x) {
 
 bool rounded(const Activations& x) { return x.element_type() == ffi::DataType::BF16; }
 
+// Whether there are products of codes with activations in bfloat16; if not, these become floats.
+bool has_product(const Kernels& k, const Activations& x, int bits) {
+  return rounded(x) && k.bfloats && bits >= kLeastBits<BFloat>;
+}
+
 // Activations as floats.
 class Widened {
  public:
@@ -343,7 +348,7 @@ class Products {
   // kernels for the type of the activations, or for floats where there are none for it.
   template <class Work>
   void run(const Kernels& k, const Activations& x, int64_t scratch_floats, const Work& work) {
-    if (rounded(x) && k.bfloats) {
+    if (has_product(k, x, bits_)) {
       run(*k.bfloats, static_cast<const BFloat*>(x.untyped_data()), scratch_floats, work);
     } else {
       run(k.floats, Widened(x).floats, scratch_floats, work);
@@ -427,7 +432,7 @@ ffi::Error uniform(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> cod
   const Kernels& k = kernels();
   const int64_t scratch_floats = code_scratch(grid.padded_groups, 2);
   Products products(pool, batch, shape, codes, bits, y->typed_data());
-  if (batch.tokens > k.integer_tokens[digits] || (rounded(x) && k.bfloats)) {
+  if (batch.tokens > k.integer_tokens[digits] || has_product(k, x, bits)) {
     products.run(k, x, scratch_floats, [&](int64_t b, const auto& of, const Codes& c, const auto* ordered, auto... rest) {
       of.grid(c, grid_of(b), ordered, rest...);
     });

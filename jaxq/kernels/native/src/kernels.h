@@ -26,6 +26,12 @@ struct BFloat {
   uint16_t bits;
 };
 
+// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation.
+template <class X>
+constexpr int kLeastBits = 1;
+template <>
+constexpr int kLeastBits<BFloat> = 2;
+
 constexpr int64_t kRun = 64;
 constexpr int64_t kTile = 64;
 // Groups of a row are stored up to a multiple of this, so that whole vectors of scales can be read.

@@ -36,7 +36,8 @@ struct Simd {
   static F as_float(V a) { return _mm512_castsi512_ps(a); }
   static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
   static F loadf(const float* p) { return _mm512_loadu_ps(p); }
-  static F table(const float* p) { return loadf(p); }
+  template <int n = kFloats>
+  static F table(const float* p) { return repeated<n>(p); }
   static void storef(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F setf(float v) { return _mm512_set1_ps(v); }
   static F zerof() { return _mm512_setzero_ps(); }
@@ -49,10 +50,10 @@ struct Simd {
   }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 #if defined(JAXQ_ISA_AVX512BF16)
-  // Of bfloat16 a vector has 32: a table of 16 twice, and in a product the sums of neighbours.
+  // Of bfloat16 a vector has 32: n numbers again and again, and in a product the sums of neighbours.
   static V loadf(const BFloat* p) { return load(p); }
-  static V table(const BFloat* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static V table(F a) { return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(a)); }
+  template <int n = 16>
+  static V table(const BFloat* p) { return _mm512_broadcast_i64x4(repeated16<n>(p)); }
   static V lookup(V table, V index) { return _mm512_permutexvar_epi16(index, table); }
   static F fma(V a, V b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static void storef(BFloat* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a)); }

@@ -40,11 +40,13 @@ JAXQ_INLINE inline void each(const Body& body) {
   }
 }
 
-// body(Int<bits>) for the 1 to 4 bits of a code.
-template <class Body>
+// body(Int<bits>) for the kLeast to 4 bits of a code.
+template <int kLeast = 1, class Body>
 inline void by_bits(int bits, const Body& body) {
   switch (bits) {
-    case 1: return body(Int<1>{});
+    case 1:
+      if constexpr (kLeast == 1) body(Int<1>{});
+      return;
     case 2: return body(Int<2>{});
     case 3: return body(Int<3>{});
     case 4: return body(Int<4>{});
@@ -169,11 +171,6 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
-// Codes as numbers, again and again: an index may have any bits above those of its code.
-template <int kBits, int kMask = (1 << kBits) - 1>
-alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
-    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
-
 // The tables of kRows rows for each group, where tables fit vectors.
 template <int kRows, class X>
 class TableDecoder {
@@ -210,13 +207,29 @@ struct TableValues {
   JAXQ_INLINE TableDecoder<kRows, X> decoder() const { return {tables, groups}; }
 };
 
-// Codes less their zero point, which bfloat16 holds exactly, of kRows rows; sums of a group are scaled afterwards, as floats.
+// The integers from -255 to 15, which bfloat16 holds exactly: codes less a zero point begin at the negative zero point.
+struct Ramp {
+  BFloat at[271];
+
+  constexpr Ramp() : at() {
+    for (int i = 0; i < 271; ++i) {
+      const int n = i < 255 ? 255 - i : i - 255;
+      int exponent = 0;
+      while (n >> exponent > 1) ++exponent;
+      at[i].bits = static_cast<uint16_t>(n == 0 ? 0 : (i < 255 ? 0x8000 : 0) | (127 + exponent) << 7 | ((n << 7 >> exponent) & 127));
+    }
+  }
+};
+constexpr Ramp kRamp;
+
+// Codes less their zero point, of kRows rows. Sums of a group are scaled afterwards, as floats.
 template <int kBits, int kRows, class X>
 class ScaledDecoder {
  public:
   static constexpr bool kLoose = true, kScaled = true;
 
-  ScaledDecoder(const float* scales, int64_t stride, Groups groups) : scales_(scales), stride_(stride), groups_(groups) {}
+  ScaledDecoder(const float* scales, const uint8_t* zeros, int64_t stride, Groups groups)
+      : scales_(scales), zeros_(zeros), stride_(stride), groups_(groups) {}
   JAXQ_INLINE void start(int64_t run) {
     groups_.start(run);
     enter();
@@ -227,19 +240,20 @@ class ScaledDecoder {
   // Whether the run is the last of its group.
   JAXQ_INLINE bool last() const { return groups_.left == 1; }
   template <class R>
-  JAXQ_INLINE F scale(R r) const { return Simd::setf(scales_[2 * r.value * stride_ + groups_.at()]); }
+  JAXQ_INLINE F scale(R r) const { return Simd::setf(scales_[r.value * stride_ + groups_.at()]); }
   template <class R>
   JAXQ_INLINE Found<X> operator()(R r, V codes) const { return {table_[r.value], codes}; }
 
  private:
   JAXQ_INLINE void enter() {
     each<kRows>([&](auto r) JAXQ_INLINE {
-      const float zero = scales_[(2 * r.value + 1) * stride_ + groups_.at()];
-      table_[r.value] = Simd::table(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zero)));
+      const X* from = kRamp.at + 255 - zeros_[r.value * stride_ + groups_.at()];
+      table_[r.value] = Simd::template table<1 << kBits>(from);
     });
   }
 
-  const float* scales_;  // (kRows, 2, stride): scales, then zero points
+  const float* scales_;  // (kRows, stride)
+  const uint8_t* zeros_;  // (kRows, stride)
   int64_t stride_;
   Groups groups_;
   Vector<X> table_[kRows];
@@ -248,9 +262,10 @@ class ScaledDecoder {
 template <int kBits, int kRows, class X>
 struct ScaledValues {
   const float* scales;
+  const uint8_t* zeros;
   int64_t stride;
   Groups groups;
-  JAXQ_INLINE ScaledDecoder<kBits, kRows, X> decoder() const { return {scales, stride, groups}; }
+  JAXQ_INLINE ScaledDecoder<kBits, kRows, X> decoder() const { return {scales, zeros, stride, groups}; }
 };
 
 // One table by bytes.
@@ -332,25 +347,31 @@ struct LevelValues {
 };
 
 template <class T>
-inline void widen_scales(const T* scale, const uint8_t* zero, int64_t padded, float* scales, float* zeros) {
-  for (int64_t g = 0; g < padded; g += Simd::kFloats) {
-    Simd::storef(scales + g, Simd::scales(scale + g));
-    Simd::storef(zeros + g, Simd::bytes_to_float(zero + g));
+inline void widen(const void* from, int64_t start, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += Simd::kFloats) Simd::storef(to + i, Simd::scales(static_cast<const T*>(from) + start + i));
+}
+
+// `count` numbers from number `start` on, as floats; whole vectors.
+inline void widen(const void* from, ScaleType type, int64_t start, int64_t count, float* to) {
+  switch (type) {
+    case kFloat32: return widen<float>(from, start, count, to);
+    case kFloat16: return widen<Half>(from, start, count, to);
+    case kBFloat16: return widen<BFloat>(from, start, count, to);
   }
 }
 
 inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros) {
   const int64_t at = row * grid.padded_groups;
-  const uint8_t* zero = grid.zero + at;
-  switch (grid.type) {
-    case kFloat32: return widen_scales(static_cast<const float*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-    case kFloat16: return widen_scales(static_cast<const Half*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-    case kBFloat16: return widen_scales(static_cast<const BFloat*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-  }
+  widen(grid.scale, grid.type, at, grid.padded_groups, scales);
+  for (int64_t g = 0; g < grid.padded_groups; g += Simd::kFloats) Simd::storef(zeros + g, Simd::bytes_to_float(grid.zero + at + g));
 }
 
 // ---- tables that fit a vector, where element i is that of code i % 2^bits: an index may have any bits above those of
 // its code ----
+
+template <int kBits, int kMask = (1 << kBits) - 1>
+alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
+    8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
 
 // Whether bit kBit of a code is set.
 template <int kBit, int kOne = 1 << kBit>
