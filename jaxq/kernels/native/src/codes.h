@@ -215,7 +215,7 @@ void lookup_bits(const Codes& c, const Table& table, const X* x, int64_t begin, 
     X* tables = tables_in<X>(scratch);
     const auto values_of = [&](int64_t row, auto rows, int64_t, int64_t) {
       each<rows.value>([&](auto r) { Simd::storef(tables + r.value * Simd::kFloats, table_of<kBits>(table, row + r.value)); });
-      return TableValues<rows.value, X>{tables, Groups{c.blocks * runs_in_block(kBits), 1}};
+      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, 0, Groups{c.blocks * runs_in_block(kBits), 1}};
     };
     products<kBits>(c, values_of, x, begin, end, scratch);
   } else {
@@ -248,7 +248,7 @@ void grid_bits(const Codes& c, const Grid& grid, const X* x, int64_t begin, int6
         for (int64_t g = range.begin; g < range.end; ++g)
           Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, grid_table<kBits>(scales, scales + stride, g));
       }
-      return TableValues<rows.value, X>{tables, groups};
+      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, rows.value * Simd::kFloats, groups};
     } else {
       grid_row(grid, row, scales, scales + stride);
       return GridValues{scales, scales + stride, groups, {}, {}};
@@ -265,13 +265,11 @@ void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin
   float* scales = scales_in(scratch, stride);
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
     if constexpr (kFits<kBits>) {
+      constexpr int64_t kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
       const Range range = groups_in<kBits>(groups, first, last);
-      for (int r = 0; r < rows.value; ++r) {
-        widen(levels.scale, levels.type, (row + r) * count, count, scales);
-        for (int64_t g = range.begin; g < range.end; ++g)
-          Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, level_table<kBits>(scales, stride, g));
-      }
-      return TableValues<rows.value, X>{tables, groups};
+      for (int r = 0; r < rows.value; ++r)
+        level_tables<kBits>(levels, row + r, range, scales, tables + r * stride * kEntries);
+      return TableValues<kBits, rows.value, X>{tables, stride * kEntries, kEntries, groups};
     } else {
       widen(levels.scale, levels.type, row * count, count, scales);
       return LevelValues<kBits>{scales, stride, groups, {}};

@@ -171,13 +171,15 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
-// The tables of kRows rows for each group, where tables fit vectors.
-template <int kRows, class X>
+// The tables of kRows rows for each group, where tables fit vectors. Numbers of a table fill a vector of floats; those of
+// bfloat16 are repeated as they are loaded.
+template <int kBits, int kRows, class X>
 class TableDecoder {
  public:
   static constexpr bool kLoose = true, kScaled = false;
 
-  TableDecoder(const X* tables, Groups groups) : tables_(tables), groups_(groups) {}
+  TableDecoder(const X* tables, int64_t row_stride, int64_t stride, Groups groups)
+      : tables_(tables), row_stride_(row_stride), stride_(stride), groups_(groups) {}
   JAXQ_INLINE void start(int64_t run) {
     groups_.start(run);
     enter();
@@ -190,21 +192,24 @@ class TableDecoder {
 
  private:
   JAXQ_INLINE void enter() {
-    const X* at = tables_ + groups_.at() * kRows * Simd::kFloats;
-    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::table(at + r.value * Simd::kFloats); });
+    constexpr int kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
+    const X* at = tables_ + groups_.at() * stride_;
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::template table<kEntries>(at + r.value * row_stride_); });
   }
 
-  const X* tables_;  // (groups, kRows, Simd::kFloats)
+  const X* tables_;
+  int64_t row_stride_, stride_;  // from one row to the next, from one group to the next
   Groups groups_;
   Vector<X> table_[kRows];
 };
 
 // Decoders as they are handed to functions, where vectors would go through memory.
-template <int kRows, class X>
+template <int kBits, int kRows, class X>
 struct TableValues {
   const X* tables;
+  int64_t row_stride, stride;
   Groups groups;
-  JAXQ_INLINE TableDecoder<kRows, X> decoder() const { return {tables, groups}; }
+  JAXQ_INLINE TableDecoder<kBits, kRows, X> decoder() const { return {tables, row_stride, stride, groups}; }
 };
 
 // The integers from -255 to 15, which bfloat16 holds exactly: codes less a zero point begin at the negative zero point.
@@ -396,15 +401,6 @@ inline F grid_table(const float* scales, const float* zeros, int64_t group) {
   return Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zeros[group])), Simd::setf(scales[group]));
 }
 
-template <int kBits>
-inline F level_table(const float* scales, int64_t stride, int64_t group) {
-  F sum = Simd::setf(scales[kBits * stride + group]);
-  each<kBits>([&](auto j) JAXQ_INLINE {
-    sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(scales[j.value * stride + group]), sum);
-  });
-  return sum;
-}
-
 // Some groups of a row.
 struct Range {
   int64_t begin, end;
@@ -416,5 +412,45 @@ inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
   const int64_t begin = first * kRuns / groups.runs, end = ceil_div(last * kRuns, groups.runs);
   return {begin < groups.count ? begin : groups.count - 1, end < groups.count ? end : groups.count};
 }
+
+// The tables of some groups of a row of levels, one after the other; `widened` has room for the scales of a row.
+template <int kBits>
+inline void level_tables(const Levels& levels, int64_t row, Range range, float* widened, float* to) {
+  const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
+  widen(levels.scale, levels.type, row * count, count, widened);
+  for (int64_t group = range.begin; group < range.end; ++group) {
+    F sum = Simd::setf(widened[kBits * stride + group]);
+    each<kBits>([&](auto j) JAXQ_INLINE {
+      sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(widened[j.value * stride + group]), sum);
+    });
+    Simd::storef(to + group * Simd::kFloats, sum);
+  }
+}
+
+#if defined(JAXQ_ISA_AVX512BF16)
+// 16 groups at a time.
+template <int kBits, class T>
+JAXQ_APART void level_tables_of(const T* scales, int64_t stride, Range range, BFloat* to) {
+  for (int64_t group = range.begin & -16; group < range.end; group += 16) {
+    F sums[1 << kBits];
+    sums[0] = Simd::scales(scales + kBits * stride + group);
+    each<kBits>([&](auto j) JAXQ_INLINE {
+      const F scale = Simd::scales(scales + j.value * stride + group);
+      each<(1 << j.value)>([&](auto code) JAXQ_INLINE { sums[(1 << j.value) + code.value] = Simd::addf(sums[code.value], scale); });
+    });
+    Simd::transpose<1 << kBits>(sums, to + (group << kBits));
+  }
+}
+
+template <int kBits>
+inline void level_tables(const Levels& levels, int64_t row, Range range, float*, BFloat* to) {
+  const int64_t stride = levels.padded_groups, at = row * (kBits + 1) * stride;
+  switch (levels.type) {
+    case kFloat32: return level_tables_of<kBits>(static_cast<const float*>(levels.scale) + at, stride, range, to);
+    case kFloat16: return level_tables_of<kBits>(static_cast<const Half*>(levels.scale) + at, stride, range, to);
+    case kBFloat16: return level_tables_of<kBits>(static_cast<const BFloat*>(levels.scale) + at, stride, range, to);
+  }
+}
+#endif
 
 }  // namespace
