@@ -93,7 +93,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for format, types in PEERS:
             shapes = [(args.size, args.size)]
-            for row in bench.kernels(shapes, batches, [format], activations=("float32", "bfloat16", "int8"), repeats=16):
+            for row in bench.kernels(
+                shapes, batches, [format], activations=("float32", "bfloat16", "int8"), repeats=16
+            ):
                 if row.implementation != "xla":
                     keep(f"{format}, {row.implementation}", row.m, row.milliseconds)
             for m in batches:

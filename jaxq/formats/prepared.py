@@ -68,8 +68,8 @@ class PreparedArray(QuantizedArray):
 
     `parts` are the arrays of the kernel (see `kernels/*/native.py`, `gpu.py`, `tpu.py`), the batch axes leading;
     floating ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last
-    block; `activations` is what the other operand may be rounded to (see `ACTIVATIONS`); `target` is "cpu", `ROWS`,
-    "gpu" or a generation of TPUs.
+    block; `activations` is what the other operand may be rounded to (see `ACTIVATIONS`); `target` is "cpu",
+    `ROWS`, "gpu" or a generation of TPUs.
     """
 
     parts: tuple[Array, ...]
@@ -250,9 +250,10 @@ def prepare(
             Pallas, whose layouts can be made anywhere. "tpu": the generation of this process's TPU;
             without one "tpu-v5", which later ones run too.
         activations: what the other operand may be rounded to. "float32": nothing, products are as exact as float32
-            sums. On CPUs also "bfloat16", in which tables are then rounded too (errors of some 3e-3), and "int16" or
-            "int8", for uniform grids and bit planes: integers with a unit for each group of inputs. On GPUs also "float16", in which the products of a word are then summed too: errors
-            of some 5e-4.
+            sums. On CPUs also "bfloat16": processors that multiply it (AVX512-BF16) then take tables rounded to it
+            too, others multiply as float32; errors of some 3e-3. And "int16" or "int8", for uniform grids and bit
+            planes: integers with a unit for each group of inputs. On GPUs also "float16", in which the products of
+            a word are then summed too: errors of some 5e-4.
         on_fallback: called with the path and the reason for each quantized leaf that stays as it is.
 
     Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.

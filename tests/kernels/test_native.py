@@ -138,9 +138,10 @@ def test_batches_and_gradients_in_bfloat16():
     array, x = random_array(Uniform(4, 64), 3, 320, 20), normal(3, 2, 320)
     prepared = jaxq.prepare(array, activations="bfloat16")
     mapped = jax.jit(jax.vmap(lambda q, x: x @ q))(prepared, x)
-    for y, some, one in zip(mapped, x, [jax.tree.map(lambda z: z[i], array) for i in range(3)], strict=True):
+    ones = [jax.tree.map(lambda z, at=at: z[at], array) for at in range(3)]
+    for y, some, one in zip(mapped, x, ones, strict=True):
         assert error(y, in_bfloat16(some) @ multiplied(one)) < 1e-6
-    one = jax.tree.map(lambda z: z[0], array)
+    one = ones[0]
     many = jax.jit(jax.vmap(lambda x: x @ jaxq.prepare(one, activations="bfloat16")))(x)
     assert error(many, in_bfloat16(x) @ multiplied(one)) < 1e-6
     half = jnp.asarray(x[0], jnp.bfloat16)

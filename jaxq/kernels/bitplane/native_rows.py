@@ -1,8 +1,8 @@
 """Bit planes in C++ as codes by rows: the bits of a weight together, and a table of their sums for each group.
 
-For floating activations: a vector holds such a table, and products of float32 are exact but for the order of sums;
-with activations in bfloat16 tables are rounded to bfloat16 too, where the processor multiplies that. Sums of integer
-activations looked up by bits (`native.py`) want another layout.
+For floating activations: a vector holds such a table, and products of float32 are exact but for the order of
+sums; with activations in bfloat16 tables are rounded to bfloat16 too, where the processor multiplies that. Sums of
+integer activations looked up by bits (`native.py`) want another layout.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ RUN = 64
 #: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
 TOKENS = 512
 
-#: What activations may be rounded to, and the bytes of the integers that stand for them where products are of integers.
+#: What activations may be rounded to, and the bytes that stand for one where products are of integers.
 DIGITS = {"float32": 3, "bfloat16": 3, "int16": 2, "int8": 1}
 
 #: Groups of a row are stored up to a multiple of this.

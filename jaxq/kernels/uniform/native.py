@@ -1,8 +1,8 @@
 """Uniform grids in C++: integer products of codes and activations, or floats where those are faster.
 
 Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more
-than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it. Activations in bfloat16
-are multiplied by codes less their zero point, which bfloat16 holds exactly, and scaled as float32 sums of a group.
+than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it. Activations in
+bfloat16 are multiplied by codes less their zero point, which bfloat16 holds exactly; a group's sum is scaled.
 """
 
 from __future__ import annotations

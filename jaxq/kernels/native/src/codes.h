@@ -98,25 +98,27 @@ inline void direct_rows(const Codes& c, ValuesOf values_of, const X* x, int64_t 
 
 template <int kBits, class ValuesOf, class X>
 inline void few_tokens(const Codes& c, ValuesOf values_of, const X* x, int64_t begin, int64_t end) {
-  using Decoder = decltype(values_of(0, Int<1>{}, 0, 0).decoder());
   constexpr int64_t kInputs = runs_in_block(kBits) * kRun;
-  // Rows whose values are in registers, with as many tokens, so that sums stay there too.
-  constexpr int kMost = kFits<kBits> ? Simd::kRows : 1, kWide = kMost < 2 ? 1 : 2;
+  // Rows whose values are in registers, with as many tokens, so that sums stay there too; and totals, where there are any.
+  constexpr int kMost = kFits<kBits> ? Simd::kRows : 1;
+  constexpr bool kScaled = decltype(values_of(0, Int<1>{}, 0, 0).decoder())::kScaled;
+  constexpr int kTokens = kScaled ? Simd::kTokens / 2 : Simd::kTokens;
   const int64_t padded = c.blocks * kInputs;
   // The activations of several tokens are read again for every row: so many inputs at a time stay in the first cache.
-  const int64_t step = c.tokens == 1 ? c.blocks : kSlab * 4 / kVectors<X> / kInputs;
+  constexpr int64_t kBlocks = kSlab * 4 / kVectors<X> * (Simd::kTokens / kTokens) / kInputs;
+  const int64_t step = c.tokens == 1 ? c.blocks : kBlocks;
   // Without inputs every sum is empty.
   for (int64_t token = 0; c.blocks == 0 && token < c.tokens; ++token)
     for (int64_t row = begin; row < end; ++row) c.y[token * c.rows + row] = 0.0f;
   for (int64_t first = 0; first < c.blocks; first += step) {
     const int64_t last = first + step < c.blocks ? first + step : c.blocks;
     int64_t t = 0;
-    // Fewer kinds of products of bfloat16, each of which takes its time to compile; totals take registers like sums.
-    for (; t + Simd::kTokens <= c.tokens; t += Simd::kTokens)
-      direct_rows<kBits, kWide, Simd::kTokens>(c, values_of, x, padded, begin, end, t, first, last);
-    if constexpr (Simd::kTokens > 4)
-      for (; t + 4 <= c.tokens; t += 4) direct_rows<kBits, kMost / (Decoder::kScaled ? 2 : 1), 4>(c, values_of, x, padded, begin, end, t, first, last);
-    if constexpr (Simd::kTokens > 2 && kVectors<X> == 4)
+    for (; t + kTokens <= c.tokens; t += kTokens)
+      direct_rows<kBits, (kMost < 2 ? 1 : 2), kTokens>(c, values_of, x, padded, begin, end, t, first, last);
+    if constexpr (kTokens > 4)
+      for (; t + 4 <= c.tokens; t += 4) direct_rows<kBits, kMost, 4>(c, values_of, x, padded, begin, end, t, first, last);
+    // Two tokens of bfloat16 gain too little for the time that it takes to compile them.
+    if constexpr (kTokens > 2 && kVectors<X> == 4)
       for (; t + 2 <= c.tokens; t += 2) direct_rows<kBits, kMost, 2>(c, values_of, x, padded, begin, end, t, first, last);
     for (; t < c.tokens; ++t) direct_rows<kBits, kMost, 1>(c, values_of, x, padded, begin, end, t, first, last);
   }

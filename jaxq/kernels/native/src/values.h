@@ -80,17 +80,22 @@ constexpr int kVectors = sizeof(X);
 // Vector q of the values of a vector of codes holds inputs kVectors * i + q where a vector of numbers is the table, and
 // 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
 template <class X>
-void order(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out) {
+JAXQ_VECTORIZED void order(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out) {
   const bool lanes = 1 << bits > Simd::kFloats;
+  constexpr int kEach = Simd::kBytes / kVectors<X>;
   for (int64_t token = 0; token < tokens; ++token) {
     const X* from = x + token * inputs;
     X* to = out + token * padded;
-    for (int64_t start = 0; start < padded; start += Simd::kBytes)
+    for (int64_t start = 0; start < padded; start += Simd::kBytes, to += Simd::kBytes) {
+      X last[Simd::kBytes] = {};
+      const X* some = from + start;
+      if (start + Simd::kBytes > inputs) {
+        for (int64_t i = start; i < inputs; ++i) last[i - start] = from[i];
+        some = last;
+      }
       for (int q = 0; q < kVectors<X>; ++q)
-        for (int i = 0; i < Simd::kBytes / kVectors<X>; ++i) {
-          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : kVectors<X> * i + q);
-          *to++ = input < inputs ? from[input] : X{};
-        }
+        for (int i = 0; i < kEach; ++i) to[q * kEach + i] = some[lanes ? i / 4 * 16 + 4 * q + i % 4 : kVectors<X> * i + q];
+    }
   }
 }
 
