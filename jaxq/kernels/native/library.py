@@ -97,7 +97,7 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 def call(name: str, x: Array, *operands: Array, activations: str, out_size: int, **attributes: Any) -> Array:
     """The foreign call `name`: `x` `(tokens, in)` and prepared arrays, giving `(tokens, out)` float32.
 
-    `activations` is what `x` goes as: a key of `lines.DIGITS`. Integers are made of it there, as they need units.
+    `x` goes as bfloat16 if that is what `activations` names; otherwise as float32, of which kernels make integers.
     Under jax.vmap it stays one call, to which an operand that is not mapped goes once, with an axis of size 1.
     """
     out = jax.ShapeDtypeStruct((x.shape[0], out_size), jnp.float32)

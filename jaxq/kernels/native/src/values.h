@@ -87,10 +87,10 @@ JAXQ_VECTORIZED void order(const X* x, int64_t tokens, int64_t inputs, int64_t p
     const X* from = x + token * inputs;
     X* to = out + token * padded;
     for (int64_t start = 0; start < padded; start += Simd::kBytes, to += Simd::kBytes) {
-      X last[Simd::kBytes] = {};
       const X* some = from + start;
+      X last[Simd::kBytes];
       if (start + Simd::kBytes > inputs) {
-        for (int64_t i = start; i < inputs; ++i) last[i - start] = from[i];
+        for (int i = 0; i < Simd::kBytes; ++i) last[i] = start + i < inputs ? some[i] : X{};
         some = last;
       }
       for (int q = 0; q < kVectors<X>; ++q)
