@@ -15,8 +15,8 @@ JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
   auto values = from.decoder();
   constexpr bool kLoose = decltype(values)::kLoose, kScaled = decltype(values)::kScaled;
-  // Each sum waits for the one before it: enough of them side by side hide that.
-  constexpr int kWays = kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
+  // Each sum waits for the one before it: enough of them side by side hide that, and so do sums of one group after another.
+  constexpr int kWays = kScaled || kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
   F sums[kRows][kTokens][kWays];
   const auto clear = [&](F* sum) JAXQ_INLINE { each<kWays>([&](auto way) JAXQ_INLINE { sum[way.value] = Simd::zerof(); }); };
   const auto all = [&](F* sum) JAXQ_INLINE {
