@@ -68,6 +68,7 @@ def main() -> None:
     in_xla: dict[str, str] = {}
     cases: dict[str, Any] = {
         "jaxq native": jaxq.prepare(opened.model.params, on_fallback=in_xla.__setitem__),
+        "jaxq native bfloat16": jaxq.prepare(opened.model.params, activations="bfloat16"),
         "jaxq native int8": jaxq.prepare(opened.model.params, activations="int8"),
         "jaxq xla": opened.model.params,
     }

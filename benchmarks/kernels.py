@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="4096x4096", help="inputs x outputs, comma separated")
     parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--activations", default="float32,int8")
+    parser.add_argument("--activations", default="float32,bfloat16,int8")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0, help="of the native kernels; 0 for all")
     parser.add_argument("--instruction-set", default="", help="of the native kernels; empty for the best")

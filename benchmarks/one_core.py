@@ -5,7 +5,7 @@
 `--ggml-python` is the interpreter of an environment with the packages ggml-py and numpy. Both run on the same
 core, in turns; the fastest of many calls counts. Calls take turns over copies of the weight that no cache holds
 together. ggml rounds activations to 8 bits; jaxq's plain rows lose no more than float32 sums do, those that say
-int8 round too.
+bfloat16 or int8 round too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for format, types in PEERS:
             shapes = [(args.size, args.size)]
-            for row in bench.kernels(shapes, batches, [format], activations=("float32", "int8"), repeats=16):
+            for row in bench.kernels(
+                shapes, batches, [format], activations=("float32", "bfloat16", "int8"), repeats=16
+            ):
                 if row.implementation != "xla":
                     keep(f"{format}, {row.implementation}", row.m, row.milliseconds)
             for m in batches:

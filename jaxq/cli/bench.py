@@ -18,7 +18,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Rows of the other operand, as 1,8.")] = "1,8",
     activations: Annotated[
         str,
-        typer.Option(help="What to round activations to: float32, int16, int8; on GPUs float16; several."),
+        typer.Option(
+            help="What to round activations to: float32, bfloat16, int16, int8; on GPUs float16; several."
+        ),
     ] = "float32",
     repeats: Annotated[
         int, typer.Option(min=1, help="Calls, of which the fastest counts; on GPUs the median.")

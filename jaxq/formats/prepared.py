@@ -39,11 +39,11 @@ from jaxq.kernels.uniform import tpu as uniform_tpu
 
 TARGETS = ("cpu", "gpu", "tpu", *generations.TARGETS)
 
-#: For each kind of device the bytes that stand for an activation: on CPUs in integer products, on GPUs in sums.
-DIGITS = {
-    "cpu": {"float32": 3, "int16": 2, "int8": 1},
-    "gpu": {"float32": gpu.EXACT_DIGITS, "float16": 2},
-    "tpu": {"float32": 4},
+#: For each kind of device what activations may be rounded to.
+ACTIVATIONS = {
+    "cpu": ("float32", "bfloat16", "int16", "int8"),
+    "gpu": ("float32", "float16"),
+    "tpu": ("float32",),
 }
 
 #: A sparse overlay goes into the same pass over the weight up to this fraction of it, on GPUs.
@@ -68,8 +68,8 @@ class PreparedArray(QuantizedArray):
 
     `parts` are the arrays of the kernel (see `kernels/*/native.py`, `gpu.py`, `tpu.py`), the batch axes leading;
     floating ones are differentiable. `in_pad` and `out_pad` are the inputs and outputs that only fill up the last
-    block; `digits` are the bytes that stand for an activation (see `DIGITS`); `target` is "cpu", `ROWS`, "gpu" or
-    a generation of TPUs.
+    block; `activations` is what the other operand may be rounded to (see `ACTIVATIONS`); `target` is "cpu",
+    `ROWS`, "gpu" or a generation of TPUs.
     """
 
     parts: tuple[Array, ...]
@@ -78,7 +78,7 @@ class PreparedArray(QuantizedArray):
     dtype_name: str = dataclasses.field(metadata={"static": True})
     in_pad: int = dataclasses.field(metadata={"static": True})
     out_pad: int = dataclasses.field(metadata={"static": True})
-    digits: int = dataclasses.field(metadata={"static": True})
+    activations: str = dataclasses.field(metadata={"static": True})
     target: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -157,7 +157,7 @@ class PreparedArray(QuantizedArray):
     @property
     def exact(self) -> bool:
         """Whether a GPU sums in float32."""
-        return self.digits == gpu.EXACT_DIGITS
+        return self.activations == "float32"
 
     def fuses(self, x: Float[Array, "*tokens in"], entries: int) -> bool:
         """Whether the kernel adds a sparse overlay of so many entries in the same pass."""
@@ -231,9 +231,9 @@ def _kernel(target: str, format: Any) -> Any:
     return KERNELS[target if target in KERNELS else _device(target)][type(format)]
 
 
-def _layout(array: Any, target: str, digits: int) -> str:
-    """`target`, or the one of its layouts that suits an array with activations of so many bytes."""
-    by_rows = target == "cpu" and isinstance(array.format, BitPlane) and digits == DIGITS["cpu"]["float32"]
+def _layout(array: Any, target: str, activations: str) -> str:
+    """`target`, or the one of its layouts that suits an array with such activations."""
+    by_rows = target == "cpu" and isinstance(array.format, BitPlane) and activations in bitplane_rows.ACTIVATIONS
     return ROWS if by_rows and bitplane_rows.faster(array) else target
 
 
@@ -253,18 +253,19 @@ def prepare(
             Pallas, whose layouts can be made anywhere. "tpu": the generation of this process's TPU;
             without one "tpu-v5", which later ones run too.
         activations: what the other operand may be rounded to. "float32": nothing, products are as exact as float32
-            sums. On CPUs also "int16" or "int8", for uniform grids and bit planes: integers with a unit for each
-            group of inputs. On GPUs also "float16", in which the products of a word are then summed too: errors
-            of some 5e-4.
+            sums. On CPUs also "bfloat16": processors that multiply it (AVX512-BF16) then take tables rounded to it
+            too, others multiply as float32; errors of some 3e-3. And "int16" or "int8", for uniform grids and bit
+            planes: integers with a unit for each group of inputs. On GPUs also "float16", in which the products of
+            a word are then summed too: errors of some 5e-4.
         on_fallback: called with the path and the reason for each quantized leaf that stays as it is.
 
     Prepare what will run, not what will be saved: checkpoints hold canonical arrays, which `restore` gives back.
     """
     if target not in TARGETS:
         raise JaxqError(f"there are no kernels for {target!r} to prepare for; use {', '.join(TARGETS)}")
-    digits = DIGITS[_device(target)]
-    if activations not in digits:
-        raise JaxqError(f"activations for {target} cannot be {activations!r}; use {', '.join(digits)}")
+    known = ACTIVATIONS[_device(target)]
+    if activations not in known:
+        raise JaxqError(f"activations for {target} cannot be {activations!r}; use {', '.join(known)}")
     if target == "tpu":
         target = generations.of_this_process()
     lacking = target == "cpu" and not native.available(warn=True)
@@ -273,7 +274,7 @@ def prepare(
     def one(path: Any, leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, digits[activations])
+        prepared, why = (leaf, missing) if missing else _prepare(leaf, target, activations)
         if why and on_fallback is not None:
             on_fallback(jax.tree_util.keystr(path, simple=True, separator="/"), why)
         return prepared
@@ -296,23 +297,23 @@ def restore(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree, is_leaf=is_quantized)
 
 
-def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
+def _prepare(leaf: Any, target: str, activations: str) -> tuple[Any, str]:
     """(the array in kernel order, ""), or (the array, why not)."""
     if isinstance(leaf, PreparedArray):
-        if leaf.target == _layout(leaf, target, digits):
-            return dataclasses.replace(leaf, digits=digits), ""
-        return _prepare(leaf.restore(), target, digits)
+        if leaf.target == _layout(leaf, target, activations):
+            return dataclasses.replace(leaf, activations=activations), ""
+        return _prepare(leaf.restore(), target, activations)
     if isinstance(leaf, DenseSparseArray):
-        base, why = _prepare(leaf.base, target, digits)
+        base, why = _prepare(leaf.base, target, activations)
         return dataclasses.replace(leaf, base=base), why
     if isinstance(leaf, RoundedInputArray):
         if not is_quantized(leaf.weight):
             return leaf, "it is dense"
-        weight, why = _prepare(leaf.weight, target, digits)
+        weight, why = _prepare(leaf.weight, target, activations)
         return dataclasses.replace(leaf, weight=weight), why
     if not isinstance(leaf, (UniformArray, CodebookArray, BitPlaneArray)):
         return leaf, f"there is no kernel for {leaf.format}"
-    target = _layout(leaf, target, digits)
+    target = _layout(leaf, target, activations)
     kernel = _kernel(target, leaf.format)
     if why := kernel.unsupported(leaf):
         return leaf, why
@@ -320,7 +321,7 @@ def _prepare(leaf: Any, target: str, digits: int) -> tuple[Any, str]:
     parts = _lay_out(leaf, target)
     room = kernel.sizes(leaf.format, parts)
     pads = {"in_pad": room[0] - in_size, "out_pad": room[1] - out_size}
-    some = {**pads, "digits": digits, "target": target}
+    some = {**pads, "activations": activations, "target": target}
     return PreparedArray(parts, leaf.format, leaf.layout, leaf.dtype_name, **some), ""
 
 

@@ -35,7 +35,7 @@ def runs_here(name: str) -> bool:
     return True
 
 
-SETS = [name for name in ("avx512", "avx2", "scalar") if native.available() and runs_here(name)]
+SETS = [name for name in ("avx512bf16", "avx512", "avx2", "scalar") if native.available() and runs_here(name)]
 #: Formats, each with inputs and outputs at some edge of a block, a run, a group, a tile or a slab.
 CASES = [
     (Codebook(1, "bfloat16"), 1, 1),
@@ -98,6 +98,57 @@ def test_rounded_activations(format):
             for x, y in zip(xs, ys[kind], strict=True):
                 assert error(y, exact(x, array)) < bound
         assert error(ys["int8"][0], exact(xs[0], array)) > 1e-4
+
+
+def in_bfloat16(x) -> np.ndarray:
+    """`x` rounded to bfloat16, ties to even."""
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def multiplied(array) -> np.ndarray:
+    """The matrix that activations in bfloat16 are multiplied by where the processor does that."""
+    exact_one = np.asarray(array.matrix(jnp.float32), np.float64)
+    rows = isinstance(array.format, BitPlane) and jaxq.prepare(array, activations="bfloat16").parts[0].ndim == 2
+    tables = isinstance(array.format, Codebook) or rows
+    return in_bfloat16(exact_one) if tables and array.format.bits > 1 else exact_one
+
+
+@pytest.mark.parametrize(("format", "width", "out"), [*CASES, (Uniform(4, 64), 4224, 35)], ids=str)
+def test_activations_in_bfloat16(format, width, out):
+    array = random_array(format, width, out)
+    prepared = jaxq.prepare(array, activations="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, jaxq.restore(prepared), array)
+    xs = [normal(tokens, width, seed=tokens) for tokens in (1, 3, 8, 15, 25)]
+    run = jax.jit(lambda q, xs: [x @ q for x in xs])
+    weight, floats = multiplied(array), np.asarray(array.matrix(jnp.float32), np.float64)
+    for name in SETS:
+        native.configure(instruction_set=name)
+        for x, y in zip(xs, run(prepared, xs), strict=True):
+            mass = np.abs(x) @ np.abs(floats) + 1e-9
+            oracle = in_bfloat16(x) @ (weight if name == "avx512bf16" else floats)
+            assert y.dtype == jnp.float32
+            assert np.max(np.abs(np.asarray(y, np.float64) - oracle) / mass) < 2e-6, (name, len(x))
+            # Two numbers of 8 bits, each rounded by 2^-8 of it at most.
+            assert np.max(np.abs(np.asarray(y, np.float64) - x @ floats) / mass) < 2**-7
+            if width > 100:  # So many errors make their mean.
+                assert 3e-4 < error(y, x @ floats) < 3.5e-3
+
+
+def test_batches_and_gradients_in_bfloat16():
+    array, x = random_array(Uniform(4, 64), 3, 320, 20), normal(3, 2, 320)
+    prepared = jaxq.prepare(array, activations="bfloat16")
+    mapped = jax.jit(jax.vmap(lambda q, x: x @ q))(prepared, x)
+    ones = [jax.tree.map(lambda z, at=at: z[at], array) for at in range(3)]
+    for y, some, one in zip(mapped, x, ones, strict=True):
+        assert error(y, in_bfloat16(some) @ multiplied(one)) < 1e-6
+    one = ones[0]
+    many = jax.jit(jax.vmap(lambda x: x @ jaxq.prepare(one, activations="bfloat16")))(x)
+    assert error(many, in_bfloat16(x) @ multiplied(one)) < 1e-6
+    half = jnp.asarray(x[0], jnp.bfloat16)
+    assert (half @ jaxq.prepare(one, activations="bfloat16")).dtype == jnp.bfloat16
+    # Rounding counts as the identity.
+    gradient = jax.grad(lambda x: jnp.sum(x @ jaxq.prepare(one, activations="bfloat16")))(jnp.asarray(x[0]))
+    np.testing.assert_allclose(gradient, jnp.broadcast_to(one.matrix().sum(1), (2, 320)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", REPRESENTATIVE[1:], ids=str)

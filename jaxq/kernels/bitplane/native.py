@@ -97,10 +97,11 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
-    digits, (in_size, out_size) = prepared.digits, prepared.matrix_shape
+    digits, (in_size, out_size) = lines.DIGITS[prepared.activations], prepared.matrix_shape
     attributes = {
         "group_size": np.int64(prepared.format.rows_per_group(in_size)),
         "digits": np.int32(digits),
         "table_tokens": np.int64(TABLE_TOKENS[digits]),
     }
-    return call("jaxq_bitplane", x, *prepared.parts, out_size=out_size, **attributes)
+    some = {"activations": prepared.activations, "out_size": out_size}
+    return call("jaxq_bitplane", x, *prepared.parts, **some, **attributes)

@@ -1,7 +1,8 @@
 """Bit planes in C++ as codes by rows: the bits of a weight together, and a table of their sums for each group.
 
-For activations that are not rounded: a vector of 16 floats holds such a table, and products are exact but for the
-order of sums. Sums of rounded activations looked up by bits (`native.py`) want another layout.
+For floating activations: a vector holds such a table, and products of float32 are exact but for the order of
+sums; with activations in bfloat16 tables are rounded to bfloat16 too, where the processor multiplies that. Sums of
+integer activations looked up by bits (`native.py`) want another layout.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ TOKENS = lines.TOKENS
 CODES = True
 
 #: Bits whose table fits a vector, by instruction set.
-BITS = {"avx512": 4, "avx2": 3}
+BITS = {"avx512bf16": 4, "avx512": 4, "avx2": 3}
+
+#: Activations that this layout is for.
+ACTIVATIONS = ("float32", "bfloat16")
 
 
 def faster(array: Any) -> bool:
-    """Whether this layout is the better one here, for activations that are not rounded."""
+    """Whether this layout is the better one here, for `ACTIVATIONS`."""
     in_size, _ = array.matrix_shape
     size = array.format.rows_per_group(in_size)
     return array.format.bits <= BITS.get(native.instruction_set(), 0) and (
@@ -69,4 +73,5 @@ def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens
     codes, scale = prepared.parts
     group_size = np.int64(prepared.format.rows_per_group(x.shape[-1]))
     bits = np.int32(prepared.format.bits)
-    return call("jaxq_levels", x, codes, scale, out_size=codes.shape[-2], bits=bits, group_size=group_size)
+    some = {"activations": prepared.activations, "out_size": codes.shape[-2]}
+    return call("jaxq_levels", x, codes, scale, **some, bits=bits, group_size=group_size)

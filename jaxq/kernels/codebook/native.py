@@ -1,6 +1,7 @@
 """Look-up tables in C++: a vector holds the table, or byte shuffles find the bytes of its values.
 
-Products are of floats: exact but for the order of sums, whatever the dtype of the tables.
+Products are of floats: exact but for the order of sums, whatever the dtype of the tables. With activations in
+bfloat16 tables are rounded to bfloat16 too, where the processor multiplies that.
 """
 
 from __future__ import annotations
@@ -42,4 +43,5 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
     rows, table = prepared.parts
-    return call("jaxq_codebook", x, rows, table, out_size=rows.shape[-2], bits=np.int32(prepared.format.bits))
+    some = {"activations": prepared.activations, "out_size": rows.shape[-2]}
+    return call("jaxq_codebook", x, rows, table, **some, bits=np.int32(prepared.format.bits))

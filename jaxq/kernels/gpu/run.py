@@ -13,9 +13,6 @@ from jaxq.kernels import tuning
 from jaxq.kernels.gpu import rows, tiles, warpgroups
 from jaxq.kernels.gpu.weights import Settings, Weight
 
-#: Bytes of an activation where sums are in float32.
-EXACT_DIGITS = 4
-
 #: Tokens up to which sums in float32 are made row by row, with inputs of any dtype.
 EXACT_TOKENS = 8
 

@@ -24,14 +24,17 @@ from jaxlib import version as jaxlib_version
 SOURCES = Path(__file__).parent / "src"
 BASE = ("-std=c++17", "-O2", "-fPIC", "-pthread")
 
+AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+    *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+)
+
 #: Flags of the instruction sets of each processor family, beside the plain one that every family has.
 SETS = {
     "x86_64": {
         "AVX2": ("-mavx2", "-mfma", "-mf16c"),
-        "AVX512": (
-            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-            *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        ),
+        "AVX512": AVX512,
+        "AVX512BF16": (*AVX512, "-mavx512bf16"),
     },
 }
 FAMILIES = {"amd64": "x86_64"}

@@ -72,7 +72,7 @@ def reason() -> str:
 
 
 def instruction_set() -> str:
-    """What the native kernel runs on now: "avx512", "avx2" or "scalar"; empty if there is none."""
+    """What the native kernel runs on now: "avx512bf16", "avx512", "avx2" or "scalar"; empty if there is none."""
     library, _ = _load()
     return library.jaxq_isa().decode() if library else ""
 
@@ -82,7 +82,8 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
     Args:
         threads: at most so many of XLA's own; 0 for all of them.
-        instruction_set: "avx512", "avx2" or, to compare with, "scalar"; empty for the best of this processor.
+        instruction_set: "avx512bf16", "avx512", "avx2" or, to compare with, "scalar"; empty for the best of this
+            processor.
 
     Raises JaxqError if there is no native kernel, or not for that instruction set.
     """
@@ -93,14 +94,16 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
         raise JaxqError(f"cannot run native products with {threads} threads on {instruction_set!r} here")
 
 
-def call(name: str, x: Array, *operands: Array, out_size: int, **attributes: Any) -> Array:
+def call(name: str, x: Array, *operands: Array, activations: str, out_size: int, **attributes: Any) -> Array:
     """The foreign call `name`: `x` `(tokens, in)` and prepared arrays, giving `(tokens, out)` float32.
 
+    `x` goes as bfloat16 if that is what `activations` names; otherwise as float32, of which kernels make integers.
     Under jax.vmap it stays one call, to which an operand that is not mapped goes once, with an axis of size 1.
     """
     out = jax.ShapeDtypeStruct((x.shape[0], out_size), jnp.float32)
     call = jax.ffi.ffi_call(name, out, vmap_method="expand_dims")
-    y = call(x.astype(jnp.float32), *operands, **attributes)
+    dtype = jnp.bfloat16 if activations == "bfloat16" else jnp.float32
+    y = call(x.astype(dtype), *operands, **attributes)
     return vary_as(y, x, *operands)
 
 

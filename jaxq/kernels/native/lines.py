@@ -12,6 +12,9 @@ RUN = 64
 #: Tokens up to which the kernels are faster than XLA's product with a dense weight, decoded for it.
 TOKENS = 512
 
+#: What activations may be rounded to, and the bytes that stand for one where products are of integers.
+DIGITS = {"float32": 3, "bfloat16": 3, "int16": 2, "int8": 1}
+
 #: Groups of a row are stored up to a multiple of this.
 GROUPS = 16
 

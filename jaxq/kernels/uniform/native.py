@@ -1,7 +1,8 @@
 """Uniform grids in C++: integer products of codes and activations, or floats where those are faster.
 
 Activations become integers of one to three bytes, with a unit for each group of inputs. Three bytes lose no more
-than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it.
+than float32 sums do; one byte is the usual dynamic 8-bit activation, for those who allow it. Activations in
+bfloat16 are multiplied by codes less their zero point, which bfloat16 holds exactly; a group's sum is scaled.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens
     attributes = {
         "bits": np.int32(format.bits),
         "group_size": np.int64(format.rows_per_group(x.shape[-1])),
-        "digits": np.int32(prepared.digits),
+        "digits": np.int32(lines.DIGITS[prepared.activations]),
+        "activations": prepared.activations,
     }
     return call("jaxq_uniform", x, *prepared.parts, out_size=prepared.parts[0].shape[-2], **attributes)

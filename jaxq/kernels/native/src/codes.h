@@ -9,20 +9,35 @@ namespace {
 constexpr int64_t kAhead = 12288;
 
 // y[token, row] (+)= sum over blocks [first, last) for kRows rows and kTokens tokens.
-template <int kBits, int kRows, int kTokens, class Values>
-JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, const Values& from, const float* x,
+template <int kBits, int kRows, int kTokens, class Values, class X>
+JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, const Values& from, const X* x,
                    int64_t padded) {
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
   auto values = from.decoder();
-  constexpr bool kLoose = decltype(values)::kLoose;
-  // Each sum waits for the one before it: enough of them side by side hide that.
-  constexpr int kWays = kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
+  constexpr bool kLoose = decltype(values)::kLoose, kScaled = decltype(values)::kScaled;
+  // Each sum waits for the one before it: enough of them side by side hide that, and so do sums of one group after another.
+  constexpr int kWays = kScaled || kRows * kTokens >= 8 ? 1 : kRows * kTokens == 4 ? 2 : 4;
   F sums[kRows][kTokens][kWays];
-  each<kRows>([&](auto r) JAXQ_INLINE {
-    each<kTokens>([&](auto t) JAXQ_INLINE {
-      each<kWays>([&](auto way) JAXQ_INLINE { sums[r.value][t.value][way.value] = Simd::zerof(); });
-    });
-  });
+  const auto clear = [&](F* sum) JAXQ_INLINE { each<kWays>([&](auto way) JAXQ_INLINE { sum[way.value] = Simd::zerof(); }); };
+  const auto all = [&](F* sum) JAXQ_INLINE {
+    each<kWays - 1>([&](auto way) JAXQ_INLINE { sum[0] = Simd::addf(sum[0], sum[way.value + 1]); });
+    return sum[0];
+  };
+  each<kRows>([&](auto r) JAXQ_INLINE { each<kTokens>([&](auto t) JAXQ_INLINE { clear(sums[r.value][t.value]); }); });
+  // Where the sums of a group are scaled, what they add up to.
+  F totals[kRows][kTokens];
+  each<kRows>([&](auto r) JAXQ_INLINE { each<kTokens>([&](auto t) JAXQ_INLINE { totals[r.value][t.value] = Simd::zerof(); }); });
+  const auto close_group = [&]() JAXQ_INLINE {
+    if constexpr (kScaled)
+      each<kRows>([&](auto r) JAXQ_INLINE {
+        const F scale = values.scale(r);
+        each<kTokens>([&](auto t) JAXQ_INLINE {
+          F* sum = sums[r.value][t.value];
+          totals[r.value][t.value] = Simd::fma(all(sum), scale, totals[r.value][t.value]);
+          clear(sum);
+        });
+      });
+  };
   values.start(first * kRuns);
   const uint8_t* at = c.codes + row * c.row_bytes + first * bytes_in_block(kBits);
   x += token * padded + first * kRuns * kRun;
@@ -39,11 +54,11 @@ JAXQ_UNROLL(2)
         };
         decltype(values_of(Int<0>{})) found[kRows];
         each<kRows>([&](auto r) JAXQ_INLINE { found[r.value] = values_of(r); });
-        each<4>([&](auto q) JAXQ_INLINE {
-          F w[kRows];
+        each<kVectors<X>>([&](auto q) JAXQ_INLINE {
+          Vector<X> w[kRows];
           each<kRows>([&](auto r) JAXQ_INLINE { w[r.value] = found[r.value][q.value]; });
           each<kTokens>([&](auto t) JAXQ_INLINE {
-            const F v = Simd::loadf(x + t.value * padded + q.value * Simd::kFloats);
+            const auto v = Simd::loadf(x + t.value * padded + q.value * (Simd::kBytes / kVectors<X>));
             each<kRows>([&](auto r) JAXQ_INLINE {
               F& sum = sums[r.value][t.value][q.value % kWays];
               sum = Simd::fma(w[r.value], v, sum);
@@ -52,22 +67,26 @@ JAXQ_UNROLL(2)
         });
         x += Simd::kBytes;
       }
+      if constexpr (kScaled) {
+        if (values.last()) close_group();
+      }
       values.next();
     });
     at += bytes_in_block(kBits);
   }
+  // The rest of a group that goes on behind the last block.
+  close_group();
   each<kTokens>([&](auto t) JAXQ_INLINE {
     each<kRows>([&](auto r) JAXQ_INLINE {
       float* y = c.y + (token + t.value) * c.rows + row + r.value;
-      F* sum = sums[r.value][t.value];
-      each<kWays - 1>([&](auto way) JAXQ_INLINE { sum[0] = Simd::addf(sum[0], sum[way.value + 1]); });
-      *y = (first ? *y : 0.0f) + Simd::sum(sum[0]);
+      const F sum = kScaled ? totals[r.value][t.value] : all(sums[r.value][t.value]);
+      *y = (first ? *y : 0.0f) + Simd::sum(sum);
     });
   });
 }
 
-template <int kBits, int kRows, int kTokens, class ValuesOf>
-inline void direct_rows(const Codes& c, ValuesOf values_of, const float* x, int64_t padded, int64_t begin, int64_t end,
+template <int kBits, int kRows, int kTokens, class ValuesOf, class X>
+inline void direct_rows(const Codes& c, ValuesOf values_of, const X* x, int64_t padded, int64_t begin, int64_t end,
                         int64_t token, int64_t first, int64_t last) {
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows)
@@ -77,25 +96,29 @@ inline void direct_rows(const Codes& c, ValuesOf values_of, const float* x, int6
       direct<kBits, 1, 1>(c, row, token + t, first, last, values_of(row, Int<1>{}, first, last), x, padded);
 }
 
-template <int kBits, class ValuesOf>
-inline void few_tokens(const Codes& c, ValuesOf values_of, const float* x, int64_t begin, int64_t end) {
+template <int kBits, class ValuesOf, class X>
+inline void few_tokens(const Codes& c, ValuesOf values_of, const X* x, int64_t begin, int64_t end) {
   constexpr int64_t kInputs = runs_in_block(kBits) * kRun;
-  // Rows whose values are in registers, with as many tokens, so that sums stay there too.
+  // Rows whose values are in registers, with as many tokens, so that sums stay there too; and totals, where there are any.
   constexpr int kMost = kFits<kBits> ? Simd::kRows : 1;
+  constexpr bool kScaled = decltype(values_of(0, Int<1>{}, 0, 0).decoder())::kScaled;
+  constexpr int kTokens = kScaled ? Simd::kTokens / 2 : Simd::kTokens;
   const int64_t padded = c.blocks * kInputs;
   // The activations of several tokens are read again for every row: so many inputs at a time stay in the first cache.
-  const int64_t step = c.tokens == 1 ? c.blocks : kSlab / kInputs;
+  constexpr int64_t kBlocks = kSlab * 4 / kVectors<X> * (Simd::kTokens / kTokens) / kInputs;
+  const int64_t step = c.tokens == 1 ? c.blocks : kBlocks;
   // Without inputs every sum is empty.
   for (int64_t token = 0; c.blocks == 0 && token < c.tokens; ++token)
     for (int64_t row = begin; row < end; ++row) c.y[token * c.rows + row] = 0.0f;
   for (int64_t first = 0; first < c.blocks; first += step) {
     const int64_t last = first + step < c.blocks ? first + step : c.blocks;
     int64_t t = 0;
-    for (; t + Simd::kTokens <= c.tokens; t += Simd::kTokens)
-      direct_rows<kBits, (kMost < 2 ? 1 : 2), Simd::kTokens>(c, values_of, x, padded, begin, end, t, first, last);
-    if constexpr (Simd::kTokens > 4)
+    for (; t + kTokens <= c.tokens; t += kTokens)
+      direct_rows<kBits, (kMost < 2 ? 1 : 2), kTokens>(c, values_of, x, padded, begin, end, t, first, last);
+    if constexpr (kTokens > 4)
       for (; t + 4 <= c.tokens; t += 4) direct_rows<kBits, kMost, 4>(c, values_of, x, padded, begin, end, t, first, last);
-    if constexpr (Simd::kTokens > 2)
+    // Two tokens of bfloat16 gain too little for the time that it takes to compile them.
+    if constexpr (kTokens > 2 && kVectors<X> == 4)
       for (; t + 2 <= c.tokens; t += 2) direct_rows<kBits, kMost, 2>(c, values_of, x, padded, begin, end, t, first, last);
     for (; t < c.tokens; ++t) direct_rows<kBits, kMost, 1>(c, values_of, x, padded, begin, end, t, first, last);
   }
@@ -158,6 +181,11 @@ inline void product_tokens(const float* w, int64_t width, const float* x, int64_
 
 // `values_of(row, Int<n>, first, last)` gives what decodes some blocks of n rows; one lives at a time.
 template <int kBits, class ValuesOf>
+inline void products(const Codes& c, ValuesOf values_of, const BFloat* x, int64_t begin, int64_t end, float*) {
+  few_tokens<kBits>(c, values_of, x, begin, end);
+}
+
+template <int kBits, class ValuesOf>
 inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t begin, int64_t end, float* slab) {
   if (c.tokens <= Simd::kFew) return few_tokens<kBits>(c, values_of, x, begin, end);
   constexpr int64_t kInputs = runs_in_block(kBits) * kRun, kBlocks = kSlab / kInputs;
@@ -179,16 +207,17 @@ inline void products(const Codes& c, ValuesOf values_of, const float* x, int64_t
 }
 
 // What comes behind the decoded rows of `scratch`: tables of several rows, and scales as they are widened.
-inline float* tables_in(float* scratch) { return scratch + kRowsAtOnce * kSlabStride; }
+template <class X = float>
+inline X* tables_in(float* scratch) { return reinterpret_cast<X*>(scratch + kRowsAtOnce * kSlabStride); }
 inline float* scales_in(float* scratch, int64_t groups) { return tables_in(scratch) + kRowsAtOnce * groups * Simd::kFloats; }
 
-template <int kBits>
-void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
+template <int kBits, class X>
+void lookup_bits(const Codes& c, const Table& table, const X* x, int64_t begin, int64_t end, float* scratch) {
   if constexpr (kFits<kBits>) {
-    float* tables = tables_in(scratch);
+    X* tables = tables_in<X>(scratch);
     const auto values_of = [&](int64_t row, auto rows, int64_t, int64_t) {
       each<rows.value>([&](auto r) { Simd::storef(tables + r.value * Simd::kFloats, table_of<kBits>(table, row + r.value)); });
-      return TableValues<rows.value>{tables, Groups{c.blocks * runs_in_block(kBits), 1}};
+      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, 0, Groups{c.blocks * runs_in_block(kBits), 1}};
     };
     products<kBits>(c, values_of, x, begin, end, scratch);
   } else {
@@ -204,21 +233,24 @@ void lookup_bits(const Codes& c, const Table& table, const float* x, int64_t beg
   }
 }
 
-template <int kBits>
-void grid_bits(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
+template <int kBits, class X>
+void grid_bits(const Codes& c, const Grid& grid, const X* x, int64_t begin, int64_t end, float* scratch) {
   const int64_t stride = grid.padded_groups;
   const Groups groups{grid.group_runs, grid.groups};
   float* tables = tables_in(scratch);
   float* scales = scales_in(scratch, stride);
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
-    if constexpr (kFits<kBits>) {
+    if constexpr (kVectors<X> == 2) {
+      for (int r = 0; r < rows.value; ++r) widen(grid.scale, grid.type, (row + r) * stride, stride, scales + r * stride);
+      return ScaledValues<kBits, rows.value, X>{scales, grid.zero + row * stride, stride, groups};
+    } else if constexpr (kFits<kBits>) {
       const Range range = groups_in<kBits>(groups, first, last);
       for (int r = 0; r < rows.value; ++r) {
         grid_row(grid, row + r, scales, scales + stride);
         for (int64_t g = range.begin; g < range.end; ++g)
           Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, grid_table<kBits>(scales, scales + stride, g));
       }
-      return TableValues<rows.value>{tables, groups};
+      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, rows.value * Simd::kFloats, groups};
     } else {
       grid_row(grid, row, scales, scales + stride);
       return GridValues{scales, scales + stride, groups, {}, {}};
@@ -227,51 +259,40 @@ void grid_bits(const Codes& c, const Grid& grid, const float* x, int64_t begin, 
   products<kBits>(c, values_of, x, begin, end, scratch);
 }
 
-template <class T>
-inline void widen(const void* from, int64_t start, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += Simd::kFloats) Simd::storef(to + i, Simd::scales(static_cast<const T*>(from) + start + i));
-}
-
-template <int kBits>
-void levels_bits(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
+template <int kBits, class X>
+void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin, int64_t end, float* scratch) {
   const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
   const Groups groups{levels.group_runs, levels.groups};
-  float* tables = tables_in(scratch);
+  X* tables = tables_in<X>(scratch);
   float* scales = scales_in(scratch, stride);
-  const auto widen_row = [&](int64_t row) {
-    switch (levels.type) {
-      case kFloat32: return widen<float>(levels.scale, row * count, count, scales);
-      case kFloat16: return widen<Half>(levels.scale, row * count, count, scales);
-      case kBFloat16: return widen<BFloat>(levels.scale, row * count, count, scales);
-    }
-  };
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
     if constexpr (kFits<kBits>) {
+      constexpr int64_t kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
       const Range range = groups_in<kBits>(groups, first, last);
-      for (int r = 0; r < rows.value; ++r) {
-        widen_row(row + r);
-        for (int64_t g = range.begin; g < range.end; ++g)
-          Simd::storef(tables + (g * rows.value + r) * Simd::kFloats, level_table<kBits>(scales, stride, g));
-      }
-      return TableValues<rows.value>{tables, groups};
+      for (int r = 0; r < rows.value; ++r)
+        level_tables<kBits>(levels, row + r, range, scales, tables + r * stride * kEntries);
+      return TableValues<kBits, rows.value, X>{tables, stride * kEntries, kEntries, groups};
     } else {
-      widen_row(row);
+      widen(levels.scale, levels.type, row * count, count, scales);
       return LevelValues<kBits>{scales, stride, groups, {}};
     }
   };
   products<kBits>(c, values_of, x, begin, end, scratch);
 }
 
-void lookup(const Codes& c, const Table& table, const float* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { lookup_bits<bits.value>(c, table, x, begin, end, scratch); });
+template <class X>
+void lookup(const Codes& c, const Table& table, const X* x, int64_t begin, int64_t end, float* scratch) {
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { lookup_bits<bits.value>(c, table, x, begin, end, scratch); });
 }
 
-void grid(const Codes& c, const Grid& grid, const float* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { grid_bits<bits.value>(c, grid, x, begin, end, scratch); });
+template <class X>
+void grid(const Codes& c, const Grid& grid, const X* x, int64_t begin, int64_t end, float* scratch) {
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { grid_bits<bits.value>(c, grid, x, begin, end, scratch); });
 }
 
-void levels(const Codes& c, const Levels& levels, const float* x, int64_t begin, int64_t end, float* scratch) {
-  by_bits(c.bits, [&](auto bits) { levels_bits<bits.value>(c, levels, x, begin, end, scratch); });
+template <class X>
+void levels(const Codes& c, const Levels& levels, const X* x, int64_t begin, int64_t end, float* scratch) {
+  by_bits<kLeastBits<X>>(c.bits, [&](auto bits) { levels_bits<bits.value>(c, levels, x, begin, end, scratch); });
 }
 
 }  // namespace

@@ -34,6 +34,22 @@ bool converts_half() {
 }
 #endif
 
+#if defined(JAXQ_HAS_AVX512BF16)
+bool multiplies_bfloat() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+
+const Kernels& with_bfloats() {
+  static const Kernels all = [] {
+    Kernels kernels = kAvx512;
+    kernels.bfloats = &kAvx512BFloats;
+    return kernels;
+  }();
+  return all;
+}
+#endif
+
 const Kernels* by_name(const std::string& name) {
   if (name == "scalar") return &kScalar;
 #if defined(JAXQ_HAS_AVX2)
@@ -45,6 +61,9 @@ const Kernels* by_name(const std::string& name) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_half())
     return &kAvx512;
 #endif
+#if defined(JAXQ_HAS_AVX512BF16)
+  if (name == "avx512bf16" && by_name("avx512") && multiplies_bfloat()) return &with_bfloats();
+#endif
   return nullptr;
 }
 
@@ -52,7 +71,7 @@ const Kernels& kernels() {
   const Kernels* chosen = g_kernels.load();
   if (chosen) return *chosen;
   const Kernels* best = nullptr;
-  for (const char* name : {"avx512", "avx2", "scalar"})
+  for (const char* name : {"avx512bf16", "avx512", "avx2", "scalar"})
     if ((best = by_name(name))) break;
   // Unless somebody has chosen another meanwhile.
   g_kernels.compare_exchange_strong(chosen, best);
@@ -278,41 +297,114 @@ struct CodesShape {
   }
 };
 
-ffi::Error codebook(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer table,
+// Activations as they come: floats, or bfloat16 where that is what they may be rounded to.
+using Activations = ffi::AnyBuffer;
+
+bool fits_type(const Activations& x) {
+  return x.element_type() == ffi::DataType::F32 || x.element_type() == ffi::DataType::BF16;
+}
+
+bool rounded(const Activations& x) { return x.element_type() == ffi::DataType::BF16; }
+
+// Whether there are products of codes with activations in bfloat16; if not, these become floats.
+bool has_product(const Kernels& k, const Activations& x, int bits) {
+  return rounded(x) && k.bfloats && bits >= kLeastBits<BFloat>;
+}
+
+// Activations as floats.
+class Widened {
+ public:
+  explicit Widened(const Activations& x)
+      : memory_(rounded(x) ? x.element_count() : 0),
+        floats(rounded(x) ? memory_.get() : static_cast<const float*>(x.untyped_data())) {
+    if (!rounded(x)) return;
+    const uint16_t* from = static_cast<const uint16_t*>(x.untyped_data());
+    for (size_t i = 0; i < x.element_count(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(memory_.get() + i, &bits, sizeof bits);
+    }
+  }
+
+ private:
+  Buffer<float> memory_;
+
+ public:
+  const float* const floats;
+};
+
+// Products of codes with activations in floating point, of any kind of values.
+class Products {
+ public:
+  Products(ffi::ThreadPool& pool, const Batch& batch, const CodesShape& shape, const ffi::Buffer<ffi::U8>& codes, int bits,
+           float* y)
+      : pool_(pool), batch_(batch), shape_(shape), codes_(codes), bits_(bits), y_(y) {}
+
+  Codes codes(int64_t b) const {
+    return {codes_.typed_data() + batch_.at(1, b) * shape_.rows * shape_.row_bytes, shape_.row_bytes, bits_, shape_.blocks,
+            shape_.rows, batch_.tokens, y_ + b * batch_.tokens * shape_.rows};
+  }
+
+  // For each batch number b work(b, kernels, codes, ordered activations, begin, end, scratch) on parts of the rows, by
+  // kernels for the type of the activations, or for floats where there are none for it.
+  template <class Work>
+  void run(const Kernels& k, const Activations& x, int64_t scratch_floats, const Work& work) {
+    if (has_product(k, x, bits_)) {
+      run(*k.bfloats, static_cast<const BFloat*>(x.untyped_data()), scratch_floats, work);
+    } else {
+      run(k.floats, Widened(x).floats, scratch_floats, work);
+    }
+  }
+
+ private:
+  template <class X, class Work>
+  void run(const Floating<X>& k, const X* x, int64_t scratch_floats, const Work& work) {
+    const int64_t inputs = shape_.inputs, padded = shape_.padded;
+    Buffer<X> ordered(batch_.tokens * padded);
+    for (int64_t b = 0; b < batch_.count; ++b) {
+      const X* from = x + batch_.at(0, b) * batch_.tokens * inputs;
+      parallel(pool_, batch_.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
+        k.order(from + begin * inputs, end - begin, inputs, padded, bits_, ordered.get() + begin * padded);
+      });
+      const Codes c = codes(b);
+      parallel(pool_, shape_.rows, kLeastRows, scratch_floats, [&](int64_t begin, int64_t end, float* scratch) {
+        work(b, k, c, ordered.get(), begin, end, scratch);
+      });
+    }
+  }
+
+  ffi::ThreadPool& pool_;
+  const Batch& batch_;
+  const CodesShape& shape_;
+  const ffi::Buffer<ffi::U8>& codes_;
+  const int bits_;
+  float* const y_;
+};
+
+ffi::Error codebook(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer table,
                     ffi::ResultBuffer<ffi::F32> y, int32_t bits) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), t = table.dimensions();
   if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
   CodesShape shape;
   ScaleType type;
   int64_t bytes = 0;
-  if (!scale_type(table.element_type(), &type, &bytes)) return wrong("tables of an unknown type");
+  if (!fits_type(x) || !scale_type(table.element_type(), &type, &bytes)) return wrong("operands of an unknown type");
   if (out.size() < 2) return wrong("shapes do not fit");
   Batch batch(out);
   if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(t, 2) || !shape.fits(out, in, w, bits) ||
       last(t, 2) != shape.rows || last(t, 1) != int64_t{1} << bits)
     return wrong("shapes do not fit");
   batch.join();
-  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
-  const Kernels& k = kernels();
-  Buffer<float> ordered(batch.tokens * padded);
-  for (int64_t b = 0; b < batch.count; ++b) {
-    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
-    parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
-      k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
-    });
-    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
-                  y->typed_data() + b * batch.tokens * rows};
-    const Table values{static_cast<const char*>(table.untyped_data()) + ((batch.at(2, b) * rows) << bits) * bytes, type};
-    parallel(pool, rows, kLeastRows, code_scratch(1, 0), [&](int64_t begin, int64_t end, float* scratch) {
-      k.lookup(c, values, ordered.get(), begin, end, scratch);
-    });
-  }
+  const char* tables = static_cast<const char*>(table.untyped_data());
+  Products(pool, batch, shape, codes, bits, y->typed_data())
+      .run(kernels(), x, code_scratch(1, 0), [&](int64_t b, const auto& k, const Codes& c, const auto* ordered, auto... rest) {
+        k.lookup(c, Table{tables + ((batch.at(2, b) * c.rows) << bits) * bytes, type}, ordered, rest...);
+      });
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return no_memory();
 }
 
-ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
+ffi::Error uniform(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
                    ffi::Buffer<ffi::U8> zero, ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size,
                    int32_t digits) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), s = scale.dimensions(),
@@ -322,47 +414,48 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   CodesShape shape;
   Grid grid{};
   int64_t bytes = 0;
-  if (!scale_type(scale.element_type(), &grid.type, &bytes)) return wrong("scales of an unknown type");
+  if (!fits_type(x) || !scale_type(scale.element_type(), &grid.type, &bytes)) return wrong("operands of an unknown type");
   if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
   Batch batch(out);
   if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(s, 2) || !batch.takes(z, 2) ||
       !shape.fits(out, in, w, bits) || last(s, 2) != shape.rows || last(z, 2) != shape.rows || last(z, 1) != last(s, 1))
     return wrong("shapes do not fit");
   batch.join();
-  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
   grid.padded_groups = last(s, 1);
   if (!shape.groups(group_size, grid.padded_groups, &grid.groups, &grid.group_runs)) return wrong("groups do not fit");
+  const auto grid_of = [&](int64_t b) {
+    Grid of = grid;
+    of.scale = static_cast<const char*>(scale.untyped_data()) + batch.at(2, b) * shape.rows * grid.padded_groups * bytes;
+    of.zero = zero.typed_data() + batch.at(3, b) * shape.rows * grid.padded_groups;
+    return of;
+  };
   const Kernels& k = kernels();
-  const bool integer = batch.tokens <= k.integer_tokens[digits];
-  const int64_t groups = integer ? batch.tokens * grid.padded_groups : 0;
-  const int64_t digit_bytes = integer ? batch.tokens * digits * padded : 0;
-  Buffer<float> ordered(integer ? 0 : batch.tokens * padded), units(groups), sums(groups);
+  const int64_t scratch_floats = code_scratch(grid.padded_groups, 2);
+  Products products(pool, batch, shape, codes, bits, y->typed_data());
+  if (batch.tokens > k.integer_tokens[digits] || has_product(k, x, bits)) {
+    products.run(k, x, scratch_floats, [&](int64_t b, const auto& of, const Codes& c, const auto* ordered, auto... rest) {
+      of.grid(c, grid_of(b), ordered, rest...);
+    });
+    return ffi::Error::Success();
+  }
+  const int64_t groups = batch.tokens * grid.padded_groups, digit_bytes = batch.tokens * digits * shape.padded;
+  const Widened wide(x);
+  Buffer<float> units(groups), sums(groups);
   Buffer<int8_t> digits_of(digit_bytes);
   for (int64_t b = 0; b < batch.count; ++b) {
-    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
-    grid.scale = static_cast<const char*>(scale.untyped_data()) + batch.at(2, b) * rows * grid.padded_groups * bytes;
-    grid.zero = zero.typed_data() + batch.at(3, b) * rows * grid.padded_groups;
-    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
-                  y->typed_data() + b * batch.tokens * rows};
-    if (!integer) {
-      parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
-        k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
-      });
-      parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups, 2), [&](int64_t begin, int64_t end, float* scratch) {
-        k.grid(c, grid, ordered.get(), begin, end, scratch);
-      });
-      continue;
-    }
+    const float* from = wide.floats + batch.at(0, b) * batch.tokens * shape.inputs;
+    const Grid of = grid_of(b);
     // What lies beyond the last input and the last group counts for nothing.
     std::memset(digits_of.get(), 0, digit_bytes);
     std::fill_n(units.get(), groups, 0.0f);
     std::fill_n(sums.get(), groups, 0.0f);
     parallel(pool, batch.tokens * grid.groups, 32, 0, [&](int64_t begin, int64_t end, float*) {
-      k.digits(from, inputs, padded, grid, digits, begin, end, digits_of.get(), units.get(), sums.get());
+      k.digits(from, shape.inputs, shape.padded, of, digits, begin, end, digits_of.get(), units.get(), sums.get());
     });
     const Digits d{digits_of.get(), units.get(), sums.get(), digits};
-    parallel(pool, rows, kLeastRows, code_scratch(grid.padded_groups, 2), [&](int64_t begin, int64_t end, float* scratch) {
-      k.integer(c, grid, d, begin, end, scratch);
+    const Codes c = products.codes(b);
+    parallel(pool, shape.rows, kLeastRows, scratch_floats, [&](int64_t begin, int64_t end, float* scratch) {
+      k.integer(c, of, d, begin, end, scratch);
     });
   }
   return ffi::Error::Success();
@@ -370,49 +463,42 @@ ffi::Error uniform(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   return no_memory();
 }
 
-ffi::Error levels(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
+ffi::Error levels(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale,
                   ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), s = scale.dimensions();
   if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
   CodesShape shape;
   Levels levels{};
   int64_t bytes = 0;
-  if (!scale_type(scale.element_type(), &levels.type, &bytes)) return wrong("scales of an unknown type");
+  if (!fits_type(x) || !scale_type(scale.element_type(), &levels.type, &bytes)) return wrong("operands of an unknown type");
   if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
   Batch batch(out);
   if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(s, 3) || !shape.fits(out, in, w, bits) ||
       last(s, 3) != shape.rows || last(s, 2) != bits + 1)
     return wrong("shapes do not fit");
   batch.join();
-  const int64_t rows = shape.rows, row_bytes = shape.row_bytes, inputs = shape.inputs, padded = shape.padded;
   levels.padded_groups = last(s, 1);
   if (!shape.groups(group_size, levels.padded_groups, &levels.groups, &levels.group_runs)) return wrong("groups do not fit");
-  const Kernels& k = kernels();
-  Buffer<float> ordered(batch.tokens * padded);
-  for (int64_t b = 0; b < batch.count; ++b) {
-    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
-    parallel(pool, batch.tokens, 4, 0, [&](int64_t begin, int64_t end, float*) {
-      k.order(from + begin * inputs, end - begin, inputs, padded, bits, ordered.get() + begin * padded);
-    });
-    levels.scale = static_cast<const char*>(scale.untyped_data()) +
-                   batch.at(2, b) * rows * (bits + 1) * levels.padded_groups * bytes;
-    const Codes c{codes.typed_data() + batch.at(1, b) * rows * row_bytes, row_bytes, bits, shape.blocks, rows, batch.tokens,
-                  y->typed_data() + b * batch.tokens * rows};
-    parallel(pool, rows, kLeastRows, code_scratch(levels.padded_groups, bits + 1),
-             [&](int64_t begin, int64_t end, float* scratch) { k.levels(c, levels, ordered.get(), begin, end, scratch); });
-  }
+  const char* scales = static_cast<const char*>(scale.untyped_data());
+  Products(pool, batch, shape, codes, bits, y->typed_data())
+      .run(kernels(), x, code_scratch(levels.padded_groups, bits + 1),
+           [&](int64_t b, const auto& k, const Codes& c, const auto* ordered, auto... rest) {
+             Levels of = levels;
+             of.scale = scales + batch.at(2, b) * c.rows * (bits + 1) * levels.padded_groups * bytes;
+             k.levels(c, of, ordered, rest...);
+           });
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return no_memory();
 }
 
-ffi::Error bitplane(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> lines, ffi::AnyBuffer scale,
+ffi::Error bitplane(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> lines, ffi::AnyBuffer scale,
                     ffi::ResultBuffer<ffi::F32> y, int64_t group_size, int32_t digits, int64_t table_tokens) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = lines.dimensions(), s = scale.dimensions();
   if (digits < 1 || digits > 3) return wrong("activations have 1 to 3 digits");
   Planes p{};
   int64_t bytes = 0;
-  if (!scale_type(scale.element_type(), &p.type, &bytes)) return wrong("scales of an unknown type");
+  if (!fits_type(x) || !scale_type(scale.element_type(), &p.type, &bytes)) return wrong("operands of an unknown type");
   if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
   Batch batch(out);
   if (!batch.takes(in, 2) || !batch.takes(w, 4) || !batch.takes(s, 4)) return wrong("shapes do not fit");
@@ -434,8 +520,9 @@ ffi::Error bitplane(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   const int64_t groups = tabled ? batch.tokens * p.groups : 0;
   Buffer<uint8_t> tables(tabled ? batch.tokens * p.pairs * 2 * digits * 16 : 0);
   Buffer<float> units(groups), sums(groups);
+  const Widened wide(x);
   for (int64_t b = 0; b < batch.count; ++b) {
-    const float* from = x.typed_data() + batch.at(0, b) * batch.tokens * inputs;
+    const float* from = wide.floats + batch.at(0, b) * batch.tokens * inputs;
     p.lines = lines.typed_data() + batch.at(1, b) * tiles * p.bits * p.pairs * kTile;
     p.scale = static_cast<const char*>(scale.untyped_data()) + batch.at(2, b) * tiles * p.groups * (p.bits + 1) * kTile * bytes;
     p.y = y->typed_data() + b * batch.tokens * p.rows;
@@ -487,7 +574,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_tables, tables,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_codebook, codebook,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Activations>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
@@ -495,7 +582,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_codebook, codebook,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Activations>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
@@ -506,7 +593,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_levels, levels,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Activations>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
@@ -515,7 +602,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_levels, levels,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_bitplane, bitplane,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Activations>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
@@ -534,6 +621,7 @@ extern "C" bool jaxq_configure(int threads, const char* isa) {
 
 extern "C" const char* jaxq_isa() {
   const Kernels* now = &kernels();
+  if (now->bfloats) return "avx512bf16";
 #if defined(JAXQ_HAS_AVX2)
   if (now == &kAvx2) return "avx2";
 #endif

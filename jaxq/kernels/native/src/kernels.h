@@ -18,6 +18,20 @@ namespace jaxq {
 // The types of scales, offsets and tables.
 enum ScaleType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Numbers as they are stored, which vector instructions convert.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation.
+template <class X>
+constexpr int kLeastBits = 1;
+template <>
+constexpr int kLeastBits<BFloat> = 2;
+
 constexpr int64_t kRun = 64;
 constexpr int64_t kTile = 64;
 // Groups of a row are stored up to a multiple of this, so that whole vectors of scales can be read.
@@ -90,25 +104,34 @@ struct Sums {
   int count;              // 1 to 3
 };
 
+// Floating products of codes with activations of type X, float or BFloat. Rows are handed out in [begin, end); `scratch` has
+// `code_scratch` floats.
+template <class X>
+struct Floating {
+  // Activations in the order in which decoded vectors come: (tokens, inputs) to (tokens, padded).
+  void (*order)(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out);
+  void (*lookup)(const Codes&, const Table&, const X* ordered, int64_t begin, int64_t end, float* scratch);
+  void (*grid)(const Codes&, const Grid&, const X* ordered, int64_t begin, int64_t end, float* scratch);
+  void (*levels)(const Codes&, const Levels&, const X* ordered, int64_t begin, int64_t end, float* scratch);
+};
+
 // Rows are handed out in [begin, end); for planes these are tiles. `scratch` has `code_scratch` or `kPlaneScratch` floats.
 struct Kernels {
   // Tokens up to which integer products of so many digits are faster than floating ones.
   int64_t integer_tokens[4];
-  // Activations in the order in which decoded vectors come: (tokens, inputs) to (tokens, padded).
-  void (*order)(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out);
+  Floating<float> floats;
   void (*digits)(const float* x, int64_t inputs, int64_t padded, const Grid&, int count, int64_t begin, int64_t end,
                  int8_t* bytes, float* units, float* sums);
   void (*subset_sums)(const float* x, int64_t inputs, const Planes&, int count, int64_t begin, int64_t end,
                       uint8_t* tables, float* units, float* sums);
-  void (*lookup)(const Codes&, const Table&, const float* ordered, int64_t begin, int64_t end, float* scratch);
-  void (*grid)(const Codes&, const Grid&, const float* ordered, int64_t begin, int64_t end, float* scratch);
-  void (*levels)(const Codes&, const Levels&, const float* ordered, int64_t begin, int64_t end, float* scratch);
   void (*integer)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
   void (*planes)(const Planes&, const Sums&, int64_t begin, int64_t end);
   void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
   // Tables (rows, entries) for rows of points and their importance; `scratch` has `table_scratch` floats.
   void (*tables)(const float* w, const float* f, int64_t points, int64_t entries, int64_t begin, int64_t end, float* out,
                  float* scratch);
+  // Null where the processor has no products of bfloat16; activations of that type then become floats.
+  const Floating<BFloat>* bfloats;
 };
 
 // Importance below this part of a row's greatest counts as none.
@@ -119,7 +142,7 @@ static inline int64_t table_scratch(int64_t points, int64_t entries) {
   return 4 * 5 * (points + 1) + 4 * points + 4 * points + 2 * (entries + 1) + entries * (points + 1);
 }
 
-// Inputs decoded at a time when there are several tokens: four rows of them stay in the first cache. Decoded rows stand
+// Inputs decoded at a time when there are several tokens: four rows of floats stay in the first cache. Decoded rows stand
 // further apart than that: a wide vector may write beyond its row, and rows at powers of two would share cache lines.
 constexpr int64_t kSlab = 1024;
 constexpr int64_t kSlabStride = kSlab + 16;
@@ -133,5 +156,6 @@ static inline int64_t code_scratch(int64_t padded_groups, int numbers) {
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Floating<BFloat> kAvx512BFloats;
 
 }  // namespace jaxq

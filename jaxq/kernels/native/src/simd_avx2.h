@@ -36,6 +36,8 @@ struct Simd {
   static F as_float(V a) { return _mm256_castsi256_ps(a); }
   static F to_float(V a) { return _mm256_cvtepi32_ps(a); }
   static F loadf(const float* p) { return _mm256_loadu_ps(p); }
+  template <int n>
+  static F table(const float* p) { return repeated<n>(p); }
   static void storef(float* p, F a) { _mm256_storeu_ps(p, a); }
   static F setf(float v) { return _mm256_set1_ps(v); }
   static F zerof() { return _mm256_setzero_ps(); }

@@ -36,6 +36,8 @@ struct Simd {
   static F as_float(V a) { return _mm512_castsi512_ps(a); }
   static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
   static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  template <int n>
+  static F table(const float* p) { return repeated<n>(p); }
   static void storef(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F setf(float v) { return _mm512_set1_ps(v); }
   static F zerof() { return _mm512_setzero_ps(); }
@@ -47,6 +49,43 @@ struct Simd {
     return _mm512_mask_add_ps(sum, static_cast<__mmask16>(bits), sum, scale);
   }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
+#if defined(JAXQ_ISA_AVX512BF16)
+  // Of bfloat16 a vector has 32: n numbers again and again, and in a product the sums of neighbours.
+  static V loadf(const BFloat* p) { return load(p); }
+  template <int n>
+  static V table(const BFloat* p) {
+    const __m128i* at = reinterpret_cast<const __m128i*>(p);
+    if (n == 16) return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return n == 8 ? _mm512_broadcast_i32x4(_mm_loadu_si128(at)) : _mm512_broadcastq_epi64(_mm_loadl_epi64(at));
+  }
+  static V lookup(V table, V index) { return _mm512_permutexvar_epi16(index, table); }
+  static F fma(V a, V b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static void storef(BFloat* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a)); }
+  // The first elements of n vectors one after the other, then the second ones, and so on; n is 4, 8 or 16. Vectors are
+  // interleaved again and again, each time those whose numbers differ in the highest bit that is left.
+  template <int n>
+  static void transpose(const F* v, BFloat* to) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const V low = load(kOrder), high = add16(low, set16(16));
+    const auto rounded = [](F a) { return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(a)); };
+    V t[n / 2], next[n / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) t[i] = _mm512_permutex2var_epi16(rounded(v[i]), low, rounded(v[i + n / 2]));
+#pragma GCC unroll 3
+    for (int stage = 1; stage < n / 2; stage *= 2) {
+#pragma GCC unroll 4
+      for (int i = 0; i < n / 4; ++i) {
+        next[2 * i] = _mm512_permutex2var_epi16(t[i], low, t[i + n / 4]);
+        next[2 * i + 1] = _mm512_permutex2var_epi16(t[i], high, t[i + n / 4]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < n / 2; ++i) t[i] = next[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) _mm512_storeu_si512(to + 32 * i, t[i]);
+  }
+#endif
 
   static F bytes_to_float(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -67,6 +67,9 @@ struct Simd {
     return F{{static_cast<float>(v[0]), static_cast<float>(v[1]), static_cast<float>(v[2]), static_cast<float>(v[3])}};
   }
   static F loadf(const float* p) { return F{{p[0], p[1], p[2], p[3]}}; }
+  // n numbers, again and again, as `lookup` takes them.
+  template <int n>
+  static F table(const float* p) { return repeated<n>(p); }
   static void storef(float* p, F a) { std::memcpy(p, a.f, 16); }
   static F setf(float v) { return F{{v, v, v, v}}; }
   static F zerof() { return setf(0.0f); }

@@ -40,11 +40,13 @@ JAXQ_INLINE inline void each(const Body& body) {
   }
 }
 
-// body(Int<bits>) for the 1 to 4 bits of a code.
-template <class Body>
+// body(Int<bits>) for the kLeast to 4 bits of a code.
+template <int kLeast = 1, class Body>
 inline void by_bits(int bits, const Body& body) {
   switch (bits) {
-    case 1: return body(Int<1>{});
+    case 1:
+      if constexpr (kLeast == 1) body(Int<1>{});
+      return;
     case 2: return body(Int<2>{});
     case 3: return body(Int<3>{});
     case 4: return body(Int<4>{});
@@ -69,30 +71,43 @@ inline V codes_of(const uint8_t* block, int run, int part) {
 template <int kBits>
 constexpr bool kFits = (1 << kBits) <= Simd::kFloats;
 
-// Values of a vector of codes come as four vectors of floats. Vector q holds inputs 4 * i + q where a vector of floats
-// is the table, and 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
-void order(const float* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, float* out) {
+// A vector of numbers of type X, and how many of them a vector of codes stands for.
+template <class X>
+using Vector = decltype(Simd::loadf(static_cast<const X*>(nullptr)));
+template <class X>
+constexpr int kVectors = sizeof(X);
+
+// Vector q of the values of a vector of codes holds inputs kVectors * i + q where a vector of numbers is the table, and
+// 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
+template <class X>
+JAXQ_VECTORIZED void order(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out) {
   const bool lanes = 1 << bits > Simd::kFloats;
+  constexpr int kEach = Simd::kBytes / kVectors<X>;
   for (int64_t token = 0; token < tokens; ++token) {
-    const float* from = x + token * inputs;
-    float* to = out + token * padded;
-    for (int64_t start = 0; start < padded; start += Simd::kBytes)
-      for (int q = 0; q < 4; ++q)
-        for (int i = 0; i < Simd::kFloats; ++i) {
-          const int64_t input = start + (lanes ? i / 4 * 16 + 4 * q + i % 4 : 4 * i + q);
-          *to++ = input < inputs ? from[input] : 0.0f;
-        }
+    const X* from = x + token * inputs;
+    X* to = out + token * padded;
+    for (int64_t start = 0; start < padded; start += Simd::kBytes, to += Simd::kBytes) {
+      const X* some = from + start;
+      X last[Simd::kBytes];
+      if (start + Simd::kBytes > inputs) {
+        for (int i = 0; i < Simd::kBytes; ++i) last[i] = start + i < inputs ? some[i] : X{};
+        some = last;
+      }
+      for (int q = 0; q < kVectors<X>; ++q)
+        for (int i = 0; i < kEach; ++i) to[q * kEach + i] = some[lanes ? i / 4 * 16 + 4 * q + i % 4 : kVectors<X> * i + q];
+    }
   }
 }
 
 // ---- values of codes: `start` before the first run, `next` after each, and a call for each vector of codes, which
-// gives something whose element q is a vector of floats ----
+// gives something whose element q is a vector of numbers ----
 
 // Looked up when it is asked for: there are not registers enough for four vectors of several rows.
+template <class X>
 struct Found {
-  F table;
+  Vector<X> table;
   V codes;
-  F operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
+  Vector<X> operator[](int q) const { return Simd::lookup(table, q ? Simd::right32(codes, 8 * q) : codes); }
 };
 
 struct Four {
@@ -161,13 +176,15 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
-// The tables of kRows rows for each group, where tables fit vectors.
-template <int kRows>
+// The tables of kRows rows for each group, where tables fit vectors. Numbers of a table fill a vector of floats; those of
+// bfloat16 are repeated as they are loaded.
+template <int kBits, int kRows, class X>
 class TableDecoder {
  public:
-  static constexpr bool kLoose = true;
+  static constexpr bool kLoose = true, kScaled = false;
 
-  TableDecoder(const float* tables, Groups groups) : tables_(tables), groups_(groups) {}
+  TableDecoder(const X* tables, int64_t row_stride, int64_t stride, Groups groups)
+      : tables_(tables), row_stride_(row_stride), stride_(stride), groups_(groups) {}
   JAXQ_INLINE void start(int64_t run) {
     groups_.start(run);
     enter();
@@ -176,31 +193,95 @@ class TableDecoder {
     if (groups_.next()) enter();
   }
   template <class R>
-  JAXQ_INLINE Found operator()(R r, V codes) const { return {table_[r.value], codes}; }
+  JAXQ_INLINE Found<X> operator()(R r, V codes) const { return {table_[r.value], codes}; }
 
  private:
   JAXQ_INLINE void enter() {
-    const float* at = tables_ + groups_.at() * kRows * Simd::kFloats;
-    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::loadf(at + r.value * Simd::kFloats); });
+    constexpr int kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
+    const X* at = tables_ + groups_.at() * stride_;
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::template table<kEntries>(at + r.value * row_stride_); });
   }
 
-  const float* tables_;  // (groups, kRows, Simd::kFloats)
+  const X* tables_;
+  int64_t row_stride_, stride_;  // from one row to the next, from one group to the next
   Groups groups_;
-  F table_[kRows];
+  Vector<X> table_[kRows];
 };
 
 // Decoders as they are handed to functions, where vectors would go through memory.
-template <int kRows>
+template <int kBits, int kRows, class X>
 struct TableValues {
-  const float* tables;
+  const X* tables;
+  int64_t row_stride, stride;
   Groups groups;
-  JAXQ_INLINE TableDecoder<kRows> decoder() const { return {tables, groups}; }
+  JAXQ_INLINE TableDecoder<kBits, kRows, X> decoder() const { return {tables, row_stride, stride, groups}; }
+};
+
+// The integers from -255 to 15, which bfloat16 holds exactly: codes less a zero point begin at the negative zero point.
+struct Ramp {
+  BFloat at[271];
+
+  constexpr Ramp() : at() {
+    for (int i = 0; i < 271; ++i) {
+      const int n = i < 255 ? 255 - i : i - 255;
+      int exponent = 0;
+      while (n >> exponent > 1) ++exponent;
+      at[i].bits = static_cast<uint16_t>(n == 0 ? 0 : (i < 255 ? 0x8000 : 0) | (127 + exponent) << 7 | ((n << 7 >> exponent) & 127));
+    }
+  }
+};
+constexpr Ramp kRamp;
+
+// Codes less their zero point, of kRows rows. Sums of a group are scaled afterwards, as floats.
+template <int kBits, int kRows, class X>
+class ScaledDecoder {
+ public:
+  static constexpr bool kLoose = true, kScaled = true;
+
+  ScaledDecoder(const float* scales, const uint8_t* zeros, int64_t stride, Groups groups)
+      : scales_(scales), zeros_(zeros), stride_(stride), groups_(groups) {}
+  JAXQ_INLINE void start(int64_t run) {
+    groups_.start(run);
+    enter();
+  }
+  JAXQ_INLINE void next() {
+    if (groups_.next()) enter();
+  }
+  // Whether the run is the last of its group.
+  JAXQ_INLINE bool last() const { return groups_.left == 1; }
+  template <class R>
+  JAXQ_INLINE F scale(R r) const { return Simd::setf(scales_[r.value * stride_ + groups_.at()]); }
+  template <class R>
+  JAXQ_INLINE Found<X> operator()(R r, V codes) const { return {table_[r.value], codes}; }
+
+ private:
+  JAXQ_INLINE void enter() {
+    each<kRows>([&](auto r) JAXQ_INLINE {
+      const X* from = kRamp.at + 255 - zeros_[r.value * stride_ + groups_.at()];
+      table_[r.value] = Simd::template table<1 << kBits>(from);
+    });
+  }
+
+  const float* scales_;  // (kRows, stride)
+  const uint8_t* zeros_;  // (kRows, stride)
+  int64_t stride_;
+  Groups groups_;
+  Vector<X> table_[kRows];
+};
+
+template <int kBits, int kRows, class X>
+struct ScaledValues {
+  const float* scales;
+  const uint8_t* zeros;
+  int64_t stride;
+  Groups groups;
+  JAXQ_INLINE ScaledDecoder<kBits, kRows, X> decoder() const { return {scales, zeros, stride, groups}; }
 };
 
 // One table by bytes.
 template <class T>
 struct ByteValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   BytePlanes<T> table;
 
   ByteValues decoder() const { return *this; }
@@ -215,7 +296,7 @@ inline ByteValues<T> by_bytes(const T* values, int entries) { return {BytePlanes
 
 // (code - zero) * scale: a code becomes a float by standing below the exponent of 2^23.
 struct GridValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   const float* scales;
   const float* zeros;
   Groups groups;
@@ -251,7 +332,7 @@ struct GridValues {
 // fit vectors.
 template <int kBits>
 struct LevelValues {
-  static constexpr bool kLoose = false;
+  static constexpr bool kLoose = false, kScaled = false;
   const float* scales;  // (bits + 1, stride), the offset last
   int64_t stride;
   Groups groups;
@@ -276,21 +357,23 @@ struct LevelValues {
 };
 
 template <class T>
-inline void widen_scales(const T* scale, const uint8_t* zero, int64_t padded, float* scales, float* zeros) {
-  for (int64_t g = 0; g < padded; g += Simd::kFloats) {
-    Simd::storef(scales + g, Simd::scales(scale + g));
-    Simd::storef(zeros + g, Simd::bytes_to_float(zero + g));
+inline void widen(const void* from, int64_t start, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += Simd::kFloats) Simd::storef(to + i, Simd::scales(static_cast<const T*>(from) + start + i));
+}
+
+// `count` numbers from number `start` on, as floats; whole vectors.
+inline void widen(const void* from, ScaleType type, int64_t start, int64_t count, float* to) {
+  switch (type) {
+    case kFloat32: return widen<float>(from, start, count, to);
+    case kFloat16: return widen<Half>(from, start, count, to);
+    case kBFloat16: return widen<BFloat>(from, start, count, to);
   }
 }
 
 inline void grid_row(const Grid& grid, int64_t row, float* scales, float* zeros) {
   const int64_t at = row * grid.padded_groups;
-  const uint8_t* zero = grid.zero + at;
-  switch (grid.type) {
-    case kFloat32: return widen_scales(static_cast<const float*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-    case kFloat16: return widen_scales(static_cast<const Half*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-    case kBFloat16: return widen_scales(static_cast<const BFloat*>(grid.scale) + at, zero, grid.padded_groups, scales, zeros);
-  }
+  widen(grid.scale, grid.type, at, grid.padded_groups, scales);
+  for (int64_t g = 0; g < grid.padded_groups; g += Simd::kFloats) Simd::storef(zeros + g, Simd::bytes_to_float(grid.zero + at + g));
 }
 
 // ---- tables that fit a vector, where element i is that of code i % 2^bits: an index may have any bits above those of
@@ -323,15 +406,6 @@ inline F grid_table(const float* scales, const float* zeros, int64_t group) {
   return Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zeros[group])), Simd::setf(scales[group]));
 }
 
-template <int kBits>
-inline F level_table(const float* scales, int64_t stride, int64_t group) {
-  F sum = Simd::setf(scales[kBits * stride + group]);
-  each<kBits>([&](auto j) JAXQ_INLINE {
-    sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(scales[j.value * stride + group]), sum);
-  });
-  return sum;
-}
-
 // Some groups of a row.
 struct Range {
   int64_t begin, end;
@@ -343,5 +417,45 @@ inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
   const int64_t begin = first * kRuns / groups.runs, end = ceil_div(last * kRuns, groups.runs);
   return {begin < groups.count ? begin : groups.count - 1, end < groups.count ? end : groups.count};
 }
+
+// The tables of some groups of a row of levels, one after the other; `widened` has room for the scales of a row.
+template <int kBits>
+inline void level_tables(const Levels& levels, int64_t row, Range range, float* widened, float* to) {
+  const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
+  widen(levels.scale, levels.type, row * count, count, widened);
+  for (int64_t group = range.begin; group < range.end; ++group) {
+    F sum = Simd::setf(widened[kBits * stride + group]);
+    each<kBits>([&](auto j) JAXQ_INLINE {
+      sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(widened[j.value * stride + group]), sum);
+    });
+    Simd::storef(to + group * Simd::kFloats, sum);
+  }
+}
+
+#if defined(JAXQ_ISA_AVX512BF16)
+// 16 groups at a time.
+template <int kBits, class T>
+JAXQ_APART void level_tables_of(const T* scales, int64_t stride, Range range, BFloat* to) {
+  for (int64_t group = range.begin & -16; group < range.end; group += 16) {
+    F sums[1 << kBits];
+    sums[0] = Simd::scales(scales + kBits * stride + group);
+    each<kBits>([&](auto j) JAXQ_INLINE {
+      const F scale = Simd::scales(scales + j.value * stride + group);
+      each<(1 << j.value)>([&](auto code) JAXQ_INLINE { sums[(1 << j.value) + code.value] = Simd::addf(sums[code.value], scale); });
+    });
+    Simd::transpose<1 << kBits>(sums, to + (group << kBits));
+  }
+}
+
+template <int kBits>
+inline void level_tables(const Levels& levels, int64_t row, Range range, float*, BFloat* to) {
+  const int64_t stride = levels.padded_groups, at = row * (kBits + 1) * stride;
+  switch (levels.type) {
+    case kFloat32: return level_tables_of<kBits>(static_cast<const float*>(levels.scale) + at, stride, range, to);
+    case kFloat16: return level_tables_of<kBits>(static_cast<const Half*>(levels.scale) + at, stride, range, to);
+    case kBFloat16: return level_tables_of<kBits>(static_cast<const BFloat*>(levels.scale) + at, stride, range, to);
+  }
+}
+#endif
 
 }  // namespace
