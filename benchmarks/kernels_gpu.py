@@ -65,6 +65,10 @@ class Case:
 
 
 CASES = (
+    Case(L, SQUARE, 16, 2.3),
+    Case(L, SQUARE, 64, 1.5),
+    Case(L, SQUARE, 256, 0.95),
+    Case(L, SQUARE, 2048, 0.95),
     Case(U, SQUARE, 1, 3.6),
     Case(L, SQUARE, 1, 3.0),
     Case(Codebook(3), SQUARE, 1, 3.0),
@@ -78,8 +82,6 @@ CASES = (
     Case(H, LARGE, 1, 3.5),
     Case(BitPlane(2, 128), LARGE, 1, 4.5),
     Case(Codebook(2), LARGE, 1, 4.5),
-    Case(L, SQUARE, 16, 2.3),
-    Case(L, SQUARE, 64, 1.5),
     Case(DenseSparse(L, 0.0045, "float16"), SQUARE, 1),
     Case(L, SQUARE, 1, exact=True),
     Case(U, SQUARE, 1, exact=True),
@@ -92,12 +94,15 @@ CASES = (
     Case(Uniform(4, 64), SQUARE),
     Case(BitPlane(4, 128), SQUARE),
     Case(BitPlane(3, 64), SQUARE),
-    Case(U, SQUARE, 16),
+    *(Case(U, SQUARE, m) for m in (16, 64, 256, 2048)),
+    Case(H, SQUARE, 16),
+    Case(BitPlane(2, 128), SQUARE, 16),
+    Case(L, SMALL, 16),
+    Case(L, LARGE, 16),
+    Case(L, SQUARE, 512),
     Case(U, SMALL),
     Case(H, SMALL),
     Case(BitPlane(2, 128), SMALL),
-    Case(L, SQUARE, 256, 0.95),
-    Case(L, SQUARE, 2048, 0.95),
 )
 
 QUICK = tuple(

@@ -8,6 +8,7 @@ through memory, and a decoder (`weights.Decoder`) is the same as for other kerne
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,10 +21,16 @@ from jaxq.kernels.gpu.lanes import Words
 ROWS = 64
 
 
+def lowering() -> Any:
+    """Pallas' module for Mosaic GPU, which not every jax has, nor with the same names."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
 def words_layout() -> Any:
     """Of `(64, words)`: lane `4 r + q` of a warp has words `q + 4 m` of rows `r` and `r + 8`."""
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.pallas import mosaic_gpu
+
+    mosaic_gpu = lowering()
 
     tiling = mosaic.fragmented_array.Tiling(((64, 4), (16, 4), (8, 4), (1,)))
     return mosaic_gpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
@@ -53,7 +60,8 @@ class Warpgroup:
 def _assembly(text: str, *operands: Array) -> Words:
     """Runs PTX of which $0 is the result, on each register."""
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.pallas import mosaic_gpu
+
+    mosaic_gpu = lowering()
 
     ir, llvm, _ = _dialects()
     layout, shape = words_layout(), max((x.shape for x in operands), key=len)
@@ -74,10 +82,10 @@ def _assembly(text: str, *operands: Array) -> Words:
 
 
 def _dialects() -> Any:
-    from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm, vector
 
-    return ir, llvm, vector
+    mlir: Any = importlib.import_module("jax._src.lib.mlir")
+    return mlir.ir, llvm, vector
 
 
 def _constant(value: int) -> Any:
@@ -116,7 +124,8 @@ class Tile:
 def gathered(ref: Any, first: Array, index: Array | int, width: int, run: int) -> Array:
     """`ref[(first + row) * width + index]`, `(64, run)`, the same in each column; integers as uint32."""
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.pallas import mosaic_gpu
+
+    mosaic_gpu = lowering()
 
     ir, llvm, _ = _dialects()
     layout, shape = words_layout(), (ROWS, run)
@@ -163,7 +172,8 @@ def gathered(ref: Any, first: Array, index: Array | int, width: int, run: int) -
 def left_operand(pairs: list[Words], kind: Any) -> Array:
     """`(64, 2 run pairs)` of `kind` from the pairs of `run` words, `(64, run)` each, in the order of inputs."""
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.pallas import mosaic_gpu
+
+    mosaic_gpu = lowering()
 
     ir, _, vector = _dialects()
     layout, run = words_layout(), pairs[0].shape[1]

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxq.kernels.dispatch import axes_of, vary_as
-from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, words_layout
+from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, lowering, words_layout
 from jaxq.kernels.gpu.weights import Weight
 
 #: Inputs that one `wgmma` takes from a row of 128 bytes of shared memory.
@@ -198,7 +198,8 @@ def multiply(
     `exact` keeps `x` of bfloat16 as it is in float16 too, by a power of two for each token. No overlay.
     """
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.pallas import mosaic_gpu
+
+    mosaic_gpu = lowering()
 
     assert not weight.overlay
     kind, plan = weight.decoder.kind, _plan(x.shape[0], weight, settings, dtype)
@@ -290,7 +291,8 @@ class _Program:
 
     def run(self) -> None:
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan = self.plan
 
@@ -306,7 +308,8 @@ class _Program:
 
     def copy(self) -> None:
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan, wait = self.plan, mosaic_gpu.barrier_wait
         rows, tokens = pallas.ds(self.first, ROWS * plan.down), pallas.ds(self.token, plan.width)
@@ -338,7 +341,7 @@ class _Program:
             wait(self.barriers["inputs freed"].at[number % plan.ring])
 
     def compute(self, sums: Any) -> None:
-        from jax.experimental.pallas import mosaic_gpu
+        mosaic_gpu = lowering()
 
         plan = self.plan
         state = self.decoder.begin(self.tile(0, 0))
@@ -376,7 +379,8 @@ class _Program:
     def step(self, step: Any, state: Any, own: Any, sums: Any) -> None:
         """Adds the products of one step to `sums`."""
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan, order, instructions = self.plan, self.decoder.order, Warpgroup()
         slot, rows = lax.rem(step, plan.stages), pallas.ds(self.row, ROWS)
@@ -411,7 +415,8 @@ class _Program:
     def multiply(self, step: Any, done: int, weights: Array, sums: Any) -> None:
         """Adds the product of decoded weights with a step's inputs from `done` on."""
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan, depth = self.plan, weights.shape[1]
         part, column = divmod(done, plan.piece)
@@ -420,7 +425,7 @@ class _Program:
         if column == 0:
             mosaic_gpu.barrier_wait(self.barriers["inputs"].at[place])
         inputs = self.shared["inputs"].at[place, self.share, :, pallas.ds(column, depth)]
-        mosaic_gpu.wgmma(sums, weights, mosaic_gpu.transpose_ref(inputs, (1, 0)))
+        mosaic_gpu.wgmma(sums, weights, inputs.transpose((1, 0)))
         # All but this one have ended then. At the end of a step this one too: the compiler gives its registers to
         # the next step without regard to it.
         mosaic_gpu.wgmma_wait(0 if last else 1)
@@ -432,7 +437,8 @@ class _Program:
     def finish(self, total: Array) -> None:
         """Adds the sums of warpgroups that shared inputs, and writes them."""
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan, place = self.plan, lax.div(self.group, self.plan.share)
         if plan.share == 1:
@@ -456,7 +462,8 @@ class _Program:
     def write(self, total: Array, place: Any) -> None:
         """Through shared memory, for whole lines: neighbouring outputs of a token lie in several lanes."""
         from jax.experimental import pallas
-        from jax.experimental.pallas import mosaic_gpu
+
+        mosaic_gpu = lowering()
 
         plan, here = self.plan, self.shared["results"].at[place]
         rows, tokens = pallas.ds(self.first + self.row, ROWS), pallas.ds(self.token, plan.width)
@@ -470,7 +477,7 @@ class _Program:
             there = self.refs["out"].at[self.split, rows, tokens]
         else:
             total = mosaic_gpu.layout_cast(total, mosaic_gpu.Layout.WGMMA_TRANSPOSED)
-            mosaic_gpu.transpose_ref(here, (1, 0))[...] = total
+            here.transpose((1, 0))[...] = total
             there = self.refs["out"].at[self.split, tokens, rows]
         mosaic_gpu.commit_smem()
         mosaic_gpu.copy_smem_to_gmem(here, there)
