@@ -33,6 +33,7 @@ import numpy as np
 from jaxq.bench import random_array
 from jaxq.bench_gpu import (
     BOUND,
+    ROTATED,
     Trial,
     copies,
     copy_bandwidth,
@@ -361,12 +362,46 @@ def decode(
         del ws, ends
 
 
+def peers(results: Results) -> None:
+    """The int4 product of torch, groups of 128, where torch sees the GPU; its outputs are not checked."""
+    try:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+    except ImportError:
+        print("torch is not installed: no peers")
+        return
+    if not torch.cuda.is_available():
+        print("torch sees no GPU: no peers")
+        return
+    aten, calls = torch.ops.aten, 40
+    for n in (SMALL[0], SQUARE[0]):
+        codes = torch.randint(0, 255, (n, n // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.randn(n // 128, n, 2, dtype=torch.bfloat16, device="cuda")
+        count = max(3, math.ceil(ROTATED / codes.numel()))
+        weights = [aten._convert_weight_to_int4pack(codes, 8) for _ in range(count)]
+        for m in (1, 16, 64):
+            x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
+            aten._weight_int4pack_mm(x, weights[0], 128, scales)
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for call in range(calls):
+                    aten._weight_int4pack_mm(x, weights[call % count], 128, scales)
+                torch.cuda.synchronize()
+            times = [
+                event.device_time for event in seen.events() if event.device_time and "Memset" not in event.name
+            ]
+            dense = 1e6 * dense_seconds((n, n), m)
+            middle = float(np.median(times))
+            results.add(
+                {"peer": "torch int4 g128", "k": n, "n": n, "m": m, "us": middle, "times_dense": dense / middle}
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one product of each kind")
     parser.add_argument("--tune", action="store_true", help="search block sizes and write them into the table")
     parser.add_argument("--table", type=Path, default=tuning.SHIPPED, help="the table that --tune writes")
-    parser.add_argument("--parts", default="rows", help="of rows, chain and decode")
+    parser.add_argument("--parts", default="rows", help="of rows, chain, decode and peers")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing new after so long")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", default="", help="formats whose name holds this, such as 'bit planes 3-bit'")
@@ -399,6 +434,8 @@ def main() -> None:
         chain(results)
     if "decode" in parts:
         decode(results)
+    if "peers" in parts:
+        peers(results)
     results.write()
 
 

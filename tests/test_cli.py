@@ -12,6 +12,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -20,9 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import jaxq
-from jaxq.cli import app, console
+from jaxq.cli import app, console, products
 from jaxq.cli.sources import settings_of
 from jaxq.errors import JaxqError
+from jaxq.formats import Codebook, PreparedArray
+from jaxq.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -221,6 +225,18 @@ def test_generate(place, out):
     assert len(draws) == 2
     plain = run("generate", place / "model", *args)
     assert plain.exit_code == 0 and plain.stdout.startswith("The quick")
+
+
+def test_generation_takes_the_kernels_of_this_machine(monkeypatch):
+    """Those of an Nvidia GPU where jax finds one; other GPUs have none."""
+    array = Codebook(4).abstract((512, 8))
+    params = {"a": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), array), "b": jnp.zeros(3)}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for device, kind in (("NVIDIA H100 80GB HBM3", "gpu"), ("AMD Instinct MI300X", "xla")):
+        monkeypatch.setattr(tuning, "device", lambda device=device: device)
+        laid_out, said = products.prepared(params, True)
+        assert said["products"] == kind and isinstance(laid_out["a"], PreparedArray) == (kind == "gpu")
+    assert products.prepared(params, False) == (params, {"products": "xla"})
 
 
 def test_sites(place, out):
