@@ -1,6 +1,7 @@
 """Compiles GPU products for an H100 on a machine without one, and prints what the compiler made of them.
 
     python benchmarks/gpu_ahead_of_time.py --shape 8192x8192 --rows 2 --words 256 --warps 2 "codebook 4-bit"
+    python benchmarks/gpu_ahead_of_time.py --tokens 16 --warpgroups 64,64,4,1,1,3 "codebook 4-bit"
 
 Registers, spills, barriers and instructions in PTX: what costs no time on a device. An inner loop should have no
 `bar.sync`, `st.shared` or `ld.shared` but those of the last sum, and read words as `ld.global.v4`. Needs
@@ -11,17 +12,20 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 DUMP = tempfile.mkdtemp(prefix="jaxq-ptx-")
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MOSAIC_GPU_DUMP_TO"] = DUMP
 # Without a device there is nothing to time candidates on.
 FLAGS = f" --xla_gpu_autotune_level=0 --xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
@@ -33,6 +37,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from jaxq.bench import FORMATS
 from jaxq.formats.prepared import prepare
+from jaxq.kernels.gpu import warpgroups
 from jaxq.kernels.gpu.weights import Settings
 
 KIND = "NVIDIA H100 80GB HBM3"
@@ -73,8 +78,13 @@ def main() -> None:
         ("stages", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    fields = ",".join(field.name for field in dataclasses.fields(warpgroups.Settings))
+    parser.add_argument("--warpgroups", help=f"for several tokens, the tensor cores of Hopper: {fields}")
     args = parser.parse_args()
-    settings = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages)
+    settings: Any = Settings(args.rows, args.words, args.warps, args.unroll, args.split, args.stages)
+    if args.warpgroups:
+        settings = warpgroups.Settings(*map(int, args.warpgroups.split(",")))
+        warpgroups.available = lambda: True
     shape = tuple(int(size) for size in args.shape.split("x"))
     topology = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET, topology="1x1x1")
     place = SingleDeviceSharding(topology.devices[0])
