@@ -152,6 +152,10 @@ def test_halves_are_summed_in_float32(dtype):
     x = jnp.asarray(normal(1, 512), dtype)
     y = interpreted(x, jaxq.prepare(array, "gpu"), ROWS, exact=dtype == "float16")
     assert error(y, exact(x, array)) < 1e-6
+    # Tensor cores have float16.
+    several = jnp.asarray(normal(20, 512), dtype)
+    y = interpreted(several, jaxq.prepare(array, "gpu"), TILES, exact=False)
+    assert error(y, exact(several, array)) < 1e-3
 
 
 @pytest.mark.parametrize("summed", ["float32", "float16"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float16
 
 from jaxq.kernels.gpu.lanes import Words
 
@@ -169,8 +169,8 @@ def gathered(ref: Any, first: Array, index: Array | int, width: int, run: int) -
     return mosaic_gpu.inline_mgpu(arg_types=types, return_type=result)(read)(ref, first, index)
 
 
-def left_operand(pairs: list[Words], kind: Any) -> Array:
-    """`(64, 2 run pairs)` of `kind` from the pairs of `run` words, `(64, run)` each, in the order of inputs."""
+def left_operand(pairs: list[Words]) -> Float16[Array, "64 inputs"]:
+    """`(64, 2 run pairs)` from the pairs of `run` words, `(64, run)` each, in the order of inputs."""
     from jax.experimental.mosaic import gpu as mosaic
 
     mosaic_gpu = lowering()
@@ -181,8 +181,7 @@ def left_operand(pairs: list[Words], kind: Any) -> Array:
     shape = (ROWS, 2 * run * len(pairs))
 
     def join(_: Any, *arrays: Any) -> Any:
-        half = ir.BF16Type.get() if kind == jnp.bfloat16 else ir.F16Type.get()
-        two, inner = ir.VectorType.get((2,), half), mosaic.WGMMA_LAYOUT
+        two, inner = ir.VectorType.get((2,), ir.F16Type.get()), mosaic.WGMMA_LAYOUT
         found = np.empty(inner.registers_shape(shape), dtype=object)
         for at in np.ndindex(found.shape):
             # Tiles of eight inputs: those of one pair and four words of each row.
@@ -190,5 +189,5 @@ def left_operand(pairs: list[Words], kind: Any) -> Array:
             found[at] = vector.bitcast(two, arrays[which].registers[(at[0], tile, *at[2:])])
         return mosaic.FragmentedArray(_registers=found, _layout=inner, _is_signed=None)
 
-    result = mosaic_gpu.ShapeDtypeStruct(shape, kind, layout=mosaic_gpu.Layout.WGMMA)
+    result = mosaic_gpu.ShapeDtypeStruct(shape, jnp.float16, layout=mosaic_gpu.Layout.WGMMA)
     return mosaic_gpu.inline_mgpu(arg_types=(layout,) * len(laid), return_type=result)(join)(*laid)

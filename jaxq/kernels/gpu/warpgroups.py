@@ -193,21 +193,22 @@ def multiply(
     exact: bool = False,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "tokens out"]:
-    """The product, `(tokens, out)` in `dtype`; weights and `x` become what pairs of the decoder are, sums float32.
+    """The product, `(tokens, out)` in `dtype`: weights and `x` become float16, sums are float32.
 
-    `exact` keeps `x` of bfloat16 as it is in float16 too, by a power of two for each token. No overlay.
+    `exact` keeps `x` of another dtype in the range of float16 by a power of two for each token, so that bfloat16
+    loses nothing. No overlay, and no decoder of bfloat16.
     """
     from jax.experimental.mosaic import gpu as mosaic
 
     mosaic_gpu = lowering()
 
-    assert not weight.overlay
-    kind, plan = weight.decoder.kind, _plan(x.shape[0], weight, settings, dtype)
+    assert not weight.overlay and weight.decoder.kind == jnp.float16
+    plan = _plan(x.shape[0], weight, settings, dtype)
     units: tuple[Array, ...] = ()
-    if exact and x.dtype != kind:
+    if exact and x.dtype != jnp.float16:
         x, unit = _in_range(x)
         units = (jnp.pad(unit, (0, -plan.tokens % plan.width)),)
-    x = _whole(x.astype(kind), (8, CHUNK))
+    x = _whole(x.astype(jnp.float16), (8, CHUNK))
     line = 128 // plan.dtype.itemsize
     room = jax.eval_shape(lambda: _whole(jnp.zeros(plan.shape), (8, line))).shape
 
@@ -240,7 +241,7 @@ def multiply(
         inputs_freed = freed(num_barriers=plan.ring)
     scratch = {
         "ring": mosaic_gpu.RefUnion(
-            shared((plan.ring, plan.share, plan.width, plan.piece), kind),
+            shared((plan.ring, plan.share, plan.width, plan.piece), jnp.float16),
             [shared((plan.down, *tile), plan.dtype), mosaic_gpu.SMEM(given, jnp.float32)],
         ),
         "words": shared((plan.stages, ROWS * plan.down, plan.words * plan.share), jnp.uint32),
@@ -406,7 +407,7 @@ class _Program:
                     found = [instructions.multiply_add(pair, both, None) for pair in found]
                 pairs += found
                 while len(pairs) >= some:
-                    self.multiply(step, done, left_operand(pairs[:some], self.decoder.kind), sums)
+                    self.multiply(step, done, left_operand(pairs[:some]), sums)
                     pairs, done = pairs[some:], done + some * 2 * order.run
         assert not pairs and done == plan.inputs
         # Not before: reads of shared memory may still be under way when what follows them is.
