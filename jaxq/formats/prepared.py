@@ -19,7 +19,7 @@ from jaxq.formats.base import Layout, QuantizedArray, is_quantized, quantized_py
 from jaxq.formats.bitplane import BitPlane, BitPlaneArray
 from jaxq.formats.codebook import Codebook, CodebookArray
 from jaxq.formats.dense_sparse import DenseSparseArray
-from jaxq.formats.placement import canonical_spec
+from jaxq.formats.placement import canonical_spec, shard_count
 from jaxq.formats.rounded_input import RoundedInputArray
 from jaxq.formats.uniform import Uniform, UniformArray
 from jaxq.kernels import dispatch, native
@@ -185,17 +185,29 @@ class PreparedArray(QuantizedArray):
 
     def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> PreparedArray:
         batch, rows, columns = canonical_spec(self, spec)
-        if rows is not None or self.out_pad:
-            raise JaxqError("a prepared array is sharded along whole tiles of its outputs only; "
-                            "shard the canonical array and prepare its shards")  # fmt: skip
+        if self.out_pad or (rows is not None and not self._cuts_inputs(rows, mesh)):
+            raise JaxqError("a prepared array is sharded along whole tiles of its outputs only, for GPUs also "
+                            "along inputs if shards hold whole blocks and several groups; shard the canonical "
+                            "array and prepare its shards")  # fmt: skip
 
-        def of(part: Array) -> PartitionSpec:
-            others = [None] * (part.ndim - len(batch) - 1)
+        def of(place: int, part: Array) -> PartitionSpec:
+            axes = [None] * (part.ndim - len(batch))
             # Outputs come first for CPUs and GPUs, last for TPUs.
-            return PartitionSpec(*batch, *((*others, columns) if self.device == "tpu" else (columns, *others)))
+            axes[-1 if self.device == "tpu" else 0] = columns
+            if rows is not None and (place == 0 or self.kernel.groups(self.parts) > 1):
+                axes[1] = rows
+            return PartitionSpec(*batch, *axes)
 
-        parts = tuple(of(part) for part in self.parts)
-        return dataclasses.replace(self, parts=parts)
+        return dataclasses.replace(self, parts=tuple(of(*part) for part in enumerate(self.parts)))
+
+    def _cuts_inputs(self, entry: Any, mesh: Any) -> bool:
+        """Whether each shard along the inputs is a prepared array by itself."""
+        if self.device != "gpu" or self.in_pad:
+            return False
+        shards = shard_count(entry, mesh)
+        blocks, groups = self.kernel.blocks(self.format, self.parts), self.kernel.groups(self.parts)
+        # The layout of a single group is that of an output without groups.
+        return blocks % shards == 0 and (groups == 1 or (groups % shards == 0 and groups > shards))
 
 
 def _reference(x: Array, array: PreparedArray) -> Array:

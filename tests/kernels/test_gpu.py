@@ -295,6 +295,25 @@ def test_outputs_on_several_devices():
     assert error(jax.jit(run)(x, prepared), exact(x, array)) < 1e-6
 
 
+@pytest.mark.parametrize("format", [Uniform(4, 64), Codebook(3), BitPlane(2, 128)], ids=str)
+def test_inputs_on_several_devices(format):
+    array, x = random_array(format, 4096, 16), normal(1, 4096)
+    prepared = jaxq.prepare(array, "gpu")
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+
+    def part(x, q):
+        assert q.matrix_shape == (2048, 16)
+        return jax.lax.psum(x @ q, "d")
+
+    specs = prepared.partition_specs(P("d"), mesh)
+    run = jax.shard_map(part, mesh=mesh, in_specs=(P(None, "d"), specs), out_specs=P())
+    assert error(jax.jit(run)(x, prepared), exact(x, array)) < 1e-6
+    # One group a shard would be laid out in another way, and what fills up a row belongs to no shard.
+    for size in (128, 1000):
+        with pytest.raises(JaxqError, match="whole blocks and several groups"):
+            jaxq.prepare(random_array(Uniform(4, 64), size, 16), "gpu").partition_specs(P("d"), mesh)
+
+
 def test_instructions_are_those_of_the_processor():
     """Against the definitions in the manual of PTX, on values chosen one by one."""
     ops = lanes.Emulated()

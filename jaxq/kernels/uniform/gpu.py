@@ -98,6 +98,16 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
     return _order(format, parts[1].shape[-2]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
 
 
+def groups(parts: tuple[Any, ...]) -> int:
+    """Groups of an output, which lie along the second axis of all parts but the first; 1 if they are one."""
+    return parts[1].shape[-2]
+
+
+def blocks(format: Any, parts: tuple[Any, ...]) -> int:
+    """Blocks of inputs."""
+    return parts[0].shape[-1] // _order(format, groups(parts)).block_words
+
+
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
     """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
     rows, own = prepared.parts
