@@ -104,7 +104,7 @@ def main() -> None:
     print("highest: " + "  ".join(f"{name} {value:.1f} tokens/s" for name, value in best.items()))
     if args.json:
         facts = {
-            "out": str(args.out),
+            "out": Path(args.out).name,
             "jax": jax.__version__,
             "machine": platform.processor() or platform.machine(),
         }
