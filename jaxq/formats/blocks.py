@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from jaxtyping import Array, Float, Shaped
 from jaxq.formats.packing import PART
 
 
-def hold_groups(size: int, in_size: int, parts: int) -> bool:
-    """Whether groups of `size` are whole parts, and blocks of `parts` lie in one group or are whole groups."""
-    block = PART * parts
+def hold_groups(array: Any, parts: int) -> bool:
+    """Whether groups of inputs are whole parts, and blocks of `parts` lie in one group or are whole groups."""
+    in_size, _ = array.matrix_shape
+    size, block = array.format.rows_per_group(in_size), PART * parts
     return size >= in_size or (size % PART == 0 and (size % block == 0 or block % size == 0))
 
 

@@ -175,8 +175,7 @@ class UniformArray(QuantizedArray):
 
     def has_blocks(self, parts: int) -> bool:
         """Whether `block_sums` takes blocks of so many parts."""
-        in_size, _ = self.matrix_shape
-        return blocks.hold_groups(self.format.rows_per_group(in_size), in_size, parts)
+        return blocks.hold_groups(self, parts)
 
     def block_sums(self, x: Float[Array, "blocks part"], part: jax.Array | int) -> Float[Array, "blocks 1 out"]:
         """What one part of each block of inputs (`formats.blocks`) adds to a product. For one matrix."""

@@ -18,7 +18,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import dispatch, gpu, tuning
-from jaxq.kernels.gpu import lanes, run, warpgroups, words
+from jaxq.kernels.gpu import lanes, plans, run, warpgroups, words
 from jaxq.kernels.gpu.weights import Settings, Weight
 
 #: Every format and number of bits; inputs that end inside a block, a group, or what a program reads together.
@@ -278,12 +278,10 @@ def test_default_settings_fit_into_shared_memory():
         weight = Weight(prepared.parts[0], types.SimpleNamespace(order=order), ())
         for tokens in (2, 16, 33, 64, 65, 200, 256, 257, 3000):
             for out_size in (256, 4096, 8192, 28672, 128256):
-                plan = warpgroups._plan(
-                    tokens, weight, warpgroups.default(tokens, format.bits, out_size), "float16"
-                )
+                plan = plans.plan_for(tokens, weight, warpgroups.default(tokens, format.bits, out_size), "float16")
                 assert plan.width * -(-tokens // plan.width) >= tokens and plan.width <= 256
                 # Threads that compute and those that copy share the registers of a processor.
-                assert 128 * (plan.groups * plan.registers + warpgroups.COPY_REGISTERS) <= 2**16
+                assert 128 * (plan.groups * plan.registers + plans.COPY_REGISTERS) <= 2**16
 
 
 def test_outputs_on_several_devices():

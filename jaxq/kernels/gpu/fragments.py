@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float16
 
-from jaxq.kernels.gpu.lanes import Words
+from jaxq.kernels.gpu.lanes import Assembly, Words
 
 #: Outputs of a warpgroup: the rows of the left operand of `wgmma`.
 ROWS = 64
@@ -36,25 +36,15 @@ def words_layout() -> Any:
     return mosaic_gpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-class Warpgroup:
+class Warpgroup(Assembly):
     """`Instructions` for a Pallas kernel that is lowered through Mosaic GPU; arrays are `(64, words)`."""
 
-    def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
-        if isinstance(selector, int):
-            return _assembly(f"prmt.b32 $0, $1, $2, {selector:#x};", low, high)
-        return _assembly("prmt.b32 $0, $1, $2, $3;", low, high, selector)
-
-    def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
-        if c is None:
-            return _assembly("mul.rn.f16x2 $0, $1, $2;", a, b)
-        return _assembly("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
-
-    def merged(self, word: Words, mask: int, bits: int) -> Words:
-        return _assembly(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+    def run(self, text: str, *words: Array) -> Words:
+        return _assembly(text, *words)
 
     def twice(self, value: Array) -> Words:
         """A pair of a float32, rounded to float16, with itself."""
-        return _assembly("{ .reg .b16 h; cvt.rn.f16.f32 h, $1; mov.b32 $0, {h, h}; }", value)
+        return self.run("{ .reg .b16 h; cvt.rn.f16.f32 h, $1; mov.b32 $0, {h, h}; }", value)
 
 
 def _assembly(text: str, *operands: Array) -> Words:

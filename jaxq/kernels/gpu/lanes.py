@@ -86,24 +86,35 @@ class Emulated:
         return start
 
 
-class Hardware:
-    """Inline assembly in a Pallas kernel that is lowered through Triton."""
+class Assembly:
+    """What decoders need, as PTX; `run` puts it into a kernel."""
+
+    def run(self, text: str, *words: Array) -> Words:
+        """Runs PTX of which $0 is the result, on each element."""
+        raise NotImplementedError
 
     def permute(self, low: Words, high: Words, selector: Words | int) -> Words:
         if isinstance(selector, int):
-            return _assembly(f"prmt.b32 $0, $1, $2, {selector:#x};", low, high)
-        return _assembly("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+            return self.run(f"prmt.b32 $0, $1, $2, {selector:#x};", low, high)
+        return self.run("prmt.b32 $0, $1, $2, $3;", low, high, selector)
 
     def multiply_add(self, a: Words, b: Words, c: Words | None) -> Words:
         if c is None:
-            return _assembly("mul.rn.f16x2 $0, $1, $2;", a, b)
-        return _assembly("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
+            return self.run("mul.rn.f16x2 $0, $1, $2;", a, b)
+        return self.run("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
+
+    def merged(self, word: Words, mask: int, bits: int) -> Words:
+        return self.run(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+
+
+class Hardware(Assembly):
+    """Inline assembly in a Pallas kernel that is lowered through Triton."""
+
+    def run(self, text: str, *words: Array) -> Words:
+        return _assembly(text, *words)
 
     def fused(self, a: Array, b: Array, c: Array) -> Array:
         return _assembly("fma.rn.f32 $0, $1, $2, $3;", a, b, c, constraint="f,f,f", result=jnp.float32)
-
-    def merged(self, word: Words, mask: int, bits: int) -> Words:
-        return _assembly(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
 
     def shuffled_sum(
         self, entries: list[Words], kind: Any, nibbles: Words, xs: list[Pair], start: Float[Array, "*tile"]

@@ -6,9 +6,7 @@ shared memory. Words and inputs are copied there ahead, by a warpgroup of its ow
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,61 +16,20 @@ from jaxtyping import Array, Float
 
 from jaxq.kernels.dispatch import axes_of, vary_as
 from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, lowering, words_layout
+from jaxq.kernels.gpu.plans import (
+    CHUNK,
+    COPY_REGISTERS,
+    DEPTH,
+    LEAST_TOKENS,
+    LINE,
+    Plan,
+    Settings,
+    default,
+    plan_for,
+)
 from jaxq.kernels.gpu.weights import Weight
 
-#: Inputs that one `wgmma` takes from a row of 128 bytes of shared memory.
-CHUNK = 64
-
-#: Inputs of weights that are multiplied together.
-DEPTH = 128
-
-#: Words of a row of 128 bytes.
-LINE = 32
-
-#: Tokens of a tile are a multiple of this: the columns of `wgmma`.
-LEAST_TOKENS = 8
-
-#: Bytes of shared memory for all that is copied, and pieces of inputs that are copied ahead at most.
-SHARED, MOST_PIECES = 232448 - 2048, 8
-
-#: Processors of an H100.
-PROCESSORS = 132
-
-#: Registers of a thread that copies.
-COPY_REGISTERS = 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a product is cut up; results do not depend on it but for the order of sums.
-
-    Args:
-        rows: outputs of a program, 64 for each warpgroup.
-        tokens: tokens of a program at most, a multiple of 8 up to 256.
-        share: warpgroups that share the inputs of an output.
-        split: programs that share them, whose sums are added afterwards.
-        cluster: neighbouring programs that copy inputs for each other.
-        stages: steps whose words are copied ahead, at most: fewer where shared memory ends.
-    """
-
-    rows: int = 64
-    tokens: int = 256
-    share: int = 4
-    split: int = 1
-    cluster: int = 1
-    stages: int = 3
-
-
-def default(tokens: int, bits: int, out_size: int) -> Settings:
-    """For what nobody searched: at least about a program for each processor of an H100."""
-    tiles = -(-out_size // ROWS)
-    if tokens <= CHUNK:
-        if tiles >= 3 * PROCESSORS:
-            return Settings(2 * ROWS, CHUNK, 2, 1, 1, 2)
-        share = 4 if bits == 4 and tokens <= 32 else 2
-        return Settings(ROWS, CHUNK, share, 2 if tiles <= PROCESSORS // 2 else 1, 1, 3 if share == 4 else 4)
-    programs = -(-tiles // 2) * -(-tokens // 256)
-    return Settings(2 * ROWS, 256, 1, min(max(PROCESSORS // programs, 1), 4), 2, 3)
+__all__ = ["Settings", "available", "default", "fits", "multiply"]
 
 
 @functools.cache
@@ -88,101 +45,6 @@ def fits(words: Any) -> bool:
     """Whether weights of these words, `(out, words)`, can be copied by tiles: whole lines of eight outputs."""
     out_size, row_words = words.shape[-2:]
     return out_size % 8 == 0 and row_words % LINE == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The sizes of a product that is cut up.
-
-    A program has `down * share` warpgroups that compute. A step of one of them is `words` of each of its outputs,
-    `blocks` blocks of `inputs` inputs in all. Those come in `pieces` of `piece` inputs, which share a ring of
-    `ring` places; words have one of `stages`. `by_outputs`: whether results lie by outputs, not by tokens.
-    """
-
-    tokens: int
-    out_size: int
-    width: int
-    down: int
-    share: int
-    split: int
-    cluster: int
-    words: int
-    blocks: int
-    inputs: int
-    piece: int
-    steps: int
-    stages: int
-    ring: int
-    dtype: Any
-    by_outputs: bool
-
-    @property
-    def groups(self) -> int:
-        return self.down * self.share
-
-    @property
-    def pieces(self) -> int:
-        return self.inputs // self.piece
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the results."""
-        return (self.out_size, self.tokens) if self.by_outputs else (self.tokens, self.out_size)
-
-    @property
-    def registers(self) -> int:
-        """Registers of a thread that computes.
-
-        A program starts with the same number for all, a multiple of eight; one that asks for more than others give
-        back waits for ever.
-        """
-        at_start = min(2**16 // (128 * (self.groups + 1)) // 8 * 8, 248)
-        return min((at_start * (self.groups + 1) - COPY_REGISTERS) // self.groups // 8 * 8, 248)
-
-
-def _plan(tokens: int, weight: Weight, settings: Settings, dtype: Any) -> _Plan:
-    """Raises ValueError if shared memory is too small."""
-    order, (out_size, row_words) = weight.decoder.order, weight.words.shape
-    down, share = settings.rows // ROWS, settings.share
-    # All tiles have about as many tokens, so many as `wgmma` and copies of results take.
-    width = -(-tokens // -(-tokens // settings.tokens))
-    unit = LEAST_TOKENS if width <= CHUNK else CHUNK
-    width = -(-width // unit) * unit
-    words = math.lcm(order.block_words, LINE)
-    blocks = words // order.block_words
-    inputs = blocks * order.block_inputs
-    # The smaller the more tokens there are, so that as many pieces as fit are on their way.
-    piece = min(inputs, 256 if width <= 32 else CHUNK)
-    steps = -(-row_words // (words * share * settings.split))
-    dtype = jnp.dtype(dtype if settings.split == 1 else jnp.float32)
-    for stages in range(min(settings.stages, steps), 0, -1):
-        left = SHARED - ROWS * down * words * share * 4 * stages
-        ring = min(left // (share * width * piece * 2), steps * (inputs // piece), MOST_PIECES)
-        # Sums of warpgroups and results go where inputs were.
-        if ring >= min(2, steps) and ROWS * down * width * 4 * share <= left:
-            break
-    else:
-        raise ValueError(f"{settings} need more shared memory than there is")
-    return _Plan(
-        tokens=tokens,
-        out_size=out_size,
-        width=width,
-        down=down,
-        share=share,
-        split=settings.split,
-        # Programs of a cluster copy whole tiles of eight tokens for each other.
-        cluster=settings.cluster if width % (8 * settings.cluster) == 0 else 1,
-        words=words,
-        blocks=blocks,
-        inputs=inputs,
-        piece=piece,
-        steps=steps,
-        stages=stages,
-        ring=ring,
-        dtype=dtype,
-        # Sums of several programs are read again, and may lie as registers have them.
-        by_outputs=settings.split > 1 and width % (128 // dtype.itemsize) == 0,
-    )
 
 
 def multiply(
@@ -203,7 +65,7 @@ def multiply(
     mosaic_gpu = lowering()
 
     assert not weight.overlay and weight.decoder.kind == jnp.float16
-    plan = _plan(x.shape[0], weight, settings, dtype)
+    plan = plan_for(x.shape[0], weight, settings, dtype)
     units: tuple[Array, ...] = ()
     if exact and x.dtype != jnp.float16:
         x, unit = _in_range(x)
@@ -283,7 +145,7 @@ def multiply(
 class _Program:
     """The kernel: what one program does."""
 
-    def __init__(self, plan: _Plan, decoder: Any, refs: Any, shared: Any, barriers: Any):
+    def __init__(self, plan: Plan, decoder: Any, refs: Any, shared: Any, barriers: Any):
         self.plan, self.decoder, self.refs, self.shared, self.barriers = plan, decoder, refs, shared, barriers
         self.group = lax.axis_index("group")
         self.first = (lax.axis_index("rows") * plan.cluster + lax.axis_index("cluster")) * (ROWS * plan.down)
