@@ -3,12 +3,12 @@
     python benchmarks/kernels_gpu.py --quick --json rows.json          # one product of each kind, a minute
     python benchmarks/kernels_gpu.py --tune --json tuned.json          # searches block sizes (minutes)
     python benchmarks/kernels_gpu.py --json benchmarks/results/h100.json
-    python benchmarks/kernels_gpu.py --parts chain,decode --json whole.json
+    python benchmarks/kernels_gpu.py --parts peers --json peers.json
 
 Times are medians on the device, from the profiler, of all kernels that a call launches. Calls take turns over
 copies of the weight that no cache holds together, inputs are random, and every output is compared with float64.
 Each result is written as soon as it is there. Tuned settings go into the table of the package,
-`jaxq/kernels/tuning.json`.
+`jaxq/kernels/tuning.json`. `benchmarks/programs_gpu.py` measures whole programs.
 """
 
 from __future__ import annotations
@@ -121,11 +121,6 @@ QUICK = tuple(
 )
 
 
-#: What whole programs are measured with, and decoding steps whose head is quantized too.
-WHOLE = (("bf16", None), ("codebook 4", L), ("planes 2", BitPlane(2, 128)), ("uniform 4", U))
-HEADS_TOO = (("codebook 4, head too", L, L), ("planes 2, head codebook 4", BitPlane(2, 128), L))
-
-
 class Results:
     """Rows that are printed and written as they come."""
 
@@ -222,146 +217,6 @@ def tune(cases: tuple[Case, ...], results: Results, table: Path, until: float) -
             save(table, case.format, case.shape, case.m, case.exact, order[0].settings)
 
 
-def steady(tree: Any, size: int) -> Any:
-    """A quantized array scaled so that a product with it keeps the size of activations."""
-    rms = float(jnp.sqrt(jnp.mean(tree.matrix(jnp.float32) ** 2)))
-
-    def scaled(leaf: Any) -> Any:
-        continuous = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return (leaf / (rms * math.sqrt(size))).astype(leaf.dtype) if continuous else leaf
-
-    return jax.tree.map(scaled, tree)
-
-
-def chain(results: Results) -> None:
-    """128 dependent products of one token with 4096 x 4096 weights in one program, by the clock of the wall."""
-    calls, links = 20, 128
-
-    @jax.jit
-    def link(x: Any, w: Any) -> Any:
-        return x @ w
-
-    @jax.jit
-    def run(x: Any, ws: list[Any]) -> Any:
-        for place in range(links):
-            x = link(x, ws[place % len(ws)])
-        return x
-
-    found = {}
-    for name, format in WHOLE:
-        x = jax.random.normal(jax.random.key(0), (1, SMALL[0]), jnp.bfloat16 if format is None else jnp.float16)
-        if format is None:
-            ws = copies(jax.random.normal(jax.random.key(1), SMALL, jnp.bfloat16) / math.sqrt(SMALL[0]))
-        else:
-            array = steady(random_array(format, *SMALL), SMALL[0])
-            ws = copies(prepare(array, "gpu", activations="float16"))
-        jax.block_until_ready(run(x, ws))
-        least = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(calls):
-                y = run(x, ws)
-            jax.block_until_ready(y)
-            least = min(least, (time.perf_counter() - start) / calls / links)
-        found[name] = least
-        device = device_seconds(run, [(x, ws)], 10) / links
-        ratio = found["bf16"] / least
-        results.add({"chain": name, "wall_us": 1e6 * least, "device_us": 1e6 * device, "times_dense": ratio})
-
-
-#: Llama-3.1-8B: width, layers, heads of queries and of keys, size of a head, hidden width, vocabulary.
-WIDTH, LAYERS, HEADS, KEYS, HEAD, HIDDEN, VOCABULARY = 4096, 32, 32, 8, 128, 14336, 128256
-
-
-def decode(
-    results: Results, layers: int = LAYERS, positions: int = 256, formats: Any = (*WHOLE, *HEADS_TOO)
-) -> None:
-    """Tokens a second of steps of the shape of Llama-3.1-8B, batch 1, random weights, all steps in one program.
-
-    Projections that share an input are one (q, k and v; gate and up). The embedding stays bfloat16, and the head
-    where no format is given for it.
-    """
-    sizes = {
-        "qkv": (WIDTH, (HEADS + 2 * KEYS) * HEAD),
-        "out": (HEADS * HEAD, WIDTH),
-        "up": (WIDTH, 2 * HIDDEN),
-        "down": (HIDDEN, WIDTH),
-        "head": (WIDTH, VOCABULARY),
-    }
-
-    def normed(x: Any) -> Any:
-        some = x.astype(jnp.float32)
-        return (some * jax.lax.rsqrt(jnp.mean(some**2, -1, keepdims=True) + 1e-5)).astype(x.dtype)
-
-    @jax.jit
-    def layer(x: Any, w: Any, cache: Any, place: Any) -> Any:
-        qkv = normed(x) @ w["qkv"]
-        q, k, v = jnp.split(qkv.reshape((HEADS + 2 * KEYS, HEAD)), (HEADS, HEADS + KEYS))
-        cache = jax.lax.dynamic_update_slice(cache, jnp.stack([k, v])[:, :, None], (0, 0, place, 0))
-        scores = jnp.einsum("gqd,gtd->gqt", q.reshape((KEYS, -1, HEAD)), cache[0]) / math.sqrt(HEAD)
-        seen = jnp.where(jnp.arange(positions) <= place, scores.astype(jnp.float32), -jnp.inf)
-        mixed = jnp.einsum("gqt,gtd->gqd", jax.nn.softmax(seen).astype(x.dtype), cache[1])
-        x = x + mixed.reshape((1, -1)) @ w["out"]
-        gate, up = jnp.split(normed(x) @ w["up"], 2, axis=-1)
-        return x + (jax.nn.silu(gate) * up) @ w["down"], cache
-
-    def step(place: Any, carried: Any, ws: Any, ends: Any) -> Any:
-        token, caches = carried
-        x = ends["embedding"][token][None]
-        after = []
-        for w, cache in zip(ws, caches, strict=True):
-            x, cache = layer(x, w, cache, place)
-            after.append(cache)
-        return jnp.argmax((normed(x) @ ends["head"])[0]).astype(jnp.int32), after
-
-    @functools.partial(jax.jit, donate_argnums=3)
-    def run(token: Any, ws: Any, ends: Any, caches: Any, start: Any) -> Any:
-        body = functools.partial(step, ws=ws, ends=ends)
-        return jax.lax.fori_loop(start, start + steps, body, (token, caches))
-
-    def weight(format: Any, name: str, seed: int) -> Any:
-        key, size = jax.random.key(seed), sizes[name]
-        if format is None:
-            return jax.random.normal(key, size, jnp.bfloat16) / math.sqrt(size[0])
-        shape = jax.eval_shape(
-            lambda a: prepare(a, "gpu", activations="float16"), format.abstract(size, jnp.bfloat16)
-        )
-
-        def fill(leaf: Any) -> Any:
-            if leaf.dtype == jnp.uint8:
-                return jax.random.bits(key, leaf.shape, jnp.uint8) & 15
-            if leaf.dtype == jnp.uint32:
-                return jax.random.bits(key, leaf.shape, jnp.uint32)
-            return (jax.random.normal(key, leaf.shape) / (4 * math.sqrt(size[0]))).astype(leaf.dtype)
-
-        return jax.tree.map(fill, shape)
-
-    steps = positions // 4
-    embedding, base = jax.random.normal(jax.random.key(0), (VOCABULARY, WIDTH), jnp.bfloat16), None
-    for name, format, *head in formats:
-        fill = jax.jit(weight, static_argnums=(0, 1))
-        ends = {"embedding": embedding, "head": fill(head[0] if head else None, "head", layers)}
-        ws = [{kind: fill(format, kind, seed) for kind in sizes if kind != "head"} for seed in range(layers)]
-        caches = [jnp.zeros((2, KEYS, positions, HEAD), jnp.bfloat16) for _ in range(layers)]
-        token = jnp.int32(1)
-        start = time.perf_counter()
-        token, caches = run(token, ws, ends, caches, jnp.int32(0))
-        jax.block_until_ready(token)
-        built = time.perf_counter() - start
-        rates = []
-        for place in (steps, 2 * steps, 3 * steps):
-            start = time.perf_counter()
-            token, caches = run(token, ws, ends, caches, jnp.int32(place))
-            jax.block_until_ready(token)
-            rates.append(steps / (time.perf_counter() - start))
-        rate = max(rates)
-        base = base or rate
-        results.add(
-            {"decode": name, "tokens_per_second": rate, "times_dense": rate / base, "seconds_to_build": built}
-        )
-        del ws, ends
-
-
 def peers(results: Results) -> None:
     """The int4 product of torch, groups of 128, where torch sees the GPU; its outputs are not checked."""
     try:
@@ -373,6 +228,8 @@ def peers(results: Results) -> None:
     if not torch.cuda.is_available():
         print("torch sees no GPU: no peers")
         return
+    # Only one of jax and torch can ask the driver for times: jax first.
+    dense = {(n, m): 1e6 * dense_seconds((n, n), m) for n in (SMALL[0], SQUARE[0]) for m in (1, 16, 64)}
     aten, calls = torch.ops.aten, 40
     for n in (SMALL[0], SQUARE[0]):
         codes = torch.randint(0, 255, (n, n // 2), dtype=torch.uint8, device="cuda")
@@ -389,11 +246,9 @@ def peers(results: Results) -> None:
             times = [
                 event.device_time for event in seen.events() if event.device_time and "Memset" not in event.name
             ]
-            dense = 1e6 * dense_seconds((n, n), m)
             middle = float(np.median(times))
-            results.add(
-                {"peer": "torch int4 g128", "k": n, "n": n, "m": m, "us": middle, "times_dense": dense / middle}
-            )
+            ratio = dense[n, m] / middle
+            results.add({"peer": "torch int4 g128", "k": n, "n": n, "m": m, "us": middle, "times_dense": ratio})
 
 
 def main() -> None:
@@ -401,16 +256,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one product of each kind")
     parser.add_argument("--tune", action="store_true", help="search block sizes and write them into the table")
     parser.add_argument("--table", type=Path, default=tuning.SHIPPED, help="the table that --tune writes")
-    parser.add_argument("--parts", default="rows", help="of rows, chain, decode and peers")
+    parser.add_argument("--parts", default="rows", help="of rows and peers")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing new after so long")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", default="", help="formats whose name holds this, such as 'bit planes 3-bit'")
+    parser.add_argument("--tokens", default="", help="products of so many tokens alone, such as 1,16")
     parser.add_argument("--try-on-cpu", action="store_true", help="tiny shapes by the reference, without meaning")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     until = time.monotonic() + args.seconds
     results = Results(args.json)
     cases = tuple(case for case in (QUICK if args.quick else CASES) if args.only in str(case.format))
+    if args.tokens:
+        cases = tuple(case for case in cases if str(case.m) in args.tokens.split(","))
     if args.try_on_cpu:
         cases = tuple(dataclasses.replace(case, shape=(512, 16)) for case in cases if case.m < 256)
     elif jax.default_backend() != "gpu":
@@ -430,10 +288,6 @@ def main() -> None:
                 results.add(measured(case, copy))
             except Exception as reason:  # The other rows are worth having.
                 results.add({"format": str(case.format), "m": case.m, "failed": repr(reason)[:400]})
-    if "chain" in parts:
-        chain(results)
-    if "decode" in parts:
-        decode(results)
     if "peers" in parts:
         peers(results)
     results.write()

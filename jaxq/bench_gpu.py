@@ -60,6 +60,9 @@ MANY = tuple(
     for cluster in (1, 2)
 )
 
+#: Of candidates row by row, the best so many are tried with other hints for the first cache.
+HINTED = 3
+
 #: Largest relative error of a product, by whether sums are in float32.
 BOUND = {True: 1e-6, False: 1e-3}
 
@@ -211,6 +214,8 @@ def search(
     x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
     operands = [(x, copy) for copy in copies(prepared)]
 
+    expected = exactly(x, array)
+
     def build(settings: Any) -> Any:
         run = jax.jit(lambda x, q: q.kernel.product(x, q, exact=exact, settings=settings))
         try:
@@ -218,23 +223,33 @@ def search(
         except Exception as reason:  # It may want more registers or shared memory than there are.
             return str(reason).partition("\n")[0][:200]
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        built = list(pool.map(build, some))
-    found, expected = [], exactly(x, array)
-    for settings, run in zip(some, built, strict=True):
+    def trial(settings: Any, run: Any) -> Trial:
         if isinstance(run, str):
-            trial = Trial(settings, failed=run)
-        else:
-            error = error_of(run(x, prepared), expected)
-            # What is not a number is not below the bound either.
-            if error <= BOUND[exact]:
-                trial = Trial(settings, device_seconds(run, operands))
-                found.append(trial)
-            else:
-                trial = Trial(settings, failed=f"is wrong by {error:.1e}")
-        if on_trial is not None:
-            on_trial(trial)
-    return sorted(found, key=lambda trial: trial.seconds)
+            return Trial(settings, failed=run)
+        error = error_of(run(x, prepared), expected)
+        # What is not a number is not below the bound either.
+        if not error <= BOUND[exact]:
+            return Trial(settings, failed=f"is wrong by {error:.1e}")
+        return Trial(settings, device_seconds(run, operands))
+
+    def timed(some: Sequence[Any]) -> list[Trial]:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            built = list(pool.map(build, some))
+        found = []
+        for settings, run in zip(some, built, strict=True):
+            found.append(trial(settings, run))
+            if on_trial is not None:
+                on_trial(found[-1])
+        return [one for one in found if not one.failed]
+
+    def seconds(one: Trial) -> float:
+        return one.seconds
+
+    found = sorted(timed(some), key=seconds)
+    if dispatch.kernel_for(tokens, prepared.parts[0], exact) is dispatch.rows:
+        best = [one.settings for one in found[:HINTED]]
+        found += timed([dataclasses.replace(one, cache=hint) for one in best for hint in ("any", "both")])
+    return sorted(found, key=seconds)
 
 
 def save(path: Path, format: Any, shape: tuple[int, int], tokens: int, exact: bool, best: Any) -> None:

@@ -35,7 +35,7 @@ def own() -> Path | None:
         return None
 
 
-def look_up(op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, int] | None:
+def look_up(op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, Any] | None:
     """Settings for a product of `(m, k)` with `(k, n)` on the device of this process, or None.
 
     This shape itself or the nearest with about as many tokens, since what is best changes slowly with n and k; of
@@ -44,7 +44,7 @@ def look_up(op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str,
     return find(device(), op, bits, k, n, m, group)
 
 
-def find(kind: str, op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, int] | None:
+def find(kind: str, op: str, bits: int, k: int, n: int, m: int, group: int) -> dict[str, Any] | None:
     """`look_up` for a device of this kind."""
     best, found = NEAR, None
     for path in (own(), SHIPPED):
@@ -59,7 +59,7 @@ def find(kind: str, op: str, bits: int, k: int, n: int, m: int, group: int) -> d
 
 
 def save(
-    path: Path, kind: str, op: str, bits: int, k: int, n: int, m: int, group: int, settings: dict[str, int]
+    path: Path, kind: str, op: str, bits: int, k: int, n: int, m: int, group: int, settings: dict[str, Any]
 ) -> None:
     """Puts settings into the table at `path`, in place of those for the same shape."""
     table: Any = json.loads(path.read_text()) if path.exists() else {}
@@ -91,7 +91,7 @@ def _read(path: Path | None) -> Table:
         for kinds in table.values():
             for entries in kinds.values():
                 for entry in entries:
-                    if any(type(value) is not int or value < 1 for value in entry.values()):
+                    if not all(_sound(name, value) for name, value in entry.items()):
                         raise ValueError(f"{entry} holds what is not a positive number")
                     if not set(SHAPE) <= set(entry):
                         raise ValueError(f"{entry} names no shape")
@@ -99,3 +99,7 @@ def _read(path: Path | None) -> Table:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         warnings.warn(f"the table of kernel settings {path} is not used: {error}", stacklevel=4)
         return {}
+
+
+def _sound(name: str, value: Any) -> bool:
+    return isinstance(value, str) if name == "cache" else type(value) is int and value > 0

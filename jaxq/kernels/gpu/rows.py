@@ -40,7 +40,9 @@ def matvec(
     decoder, order = weight.decoder, weight.decoder.order
     tokens, _ = x.shape
     out_size, row_words = weight.words.shape
-    x, source = _operand(x, order.inputs_in(row_words), exact)
+    # Words are read once, while all programs of a processor read the same inputs.
+    once = None if settings.cache == "any" else "evict_first"
+    x, source = _operand(x, order.inputs_in(row_words), exact, "evict_last" if settings.cache == "both" else None)
     blocks = row_words // order.block_words
     some = min(max(settings.words // order.run, 1), power_below(blocks))
     unroll = min(settings.unroll, -(-blocks // some))
@@ -70,7 +72,7 @@ def matvec(
             def one(n: Array, chunk: Any) -> Any:
                 some_tile = tile(n, chunk)
                 at = n * row_words + some_tile.blocks * order.block_words + places
-                planes = [load(words_ref.at[at + plane * order.run]) for plane in range(order.planes)]
+                planes = [load(words_ref.at[at + plane * order.run], hint=once) for plane in range(order.planes)]
                 return planes, decoder.read(some_tile)
 
             return [[one(n, index * unroll + part) for n in ns] for part in range(unroll)]
@@ -178,12 +180,13 @@ class _Source:
     kind: Any
     width: int
     exact: bool
+    hint: str | None
 
     def read(self, ref: Any, token: int, at: Array, inside: Array | None) -> Any:
         """The pairs at these places: words, or if exact both halves in float32."""
         if self.kind is None:
-            return tuple(load(ref.at[token * self.width + 2 * at + half], inside) for half in (0, 1))
-        words = load(ref.at[token * (self.width // 2) + at], inside)
+            return tuple(load(ref.at[token * self.width + 2 * at + half], inside, self.hint) for half in (0, 1))
+        words = load(ref.at[token * (self.width // 2) + at], inside, self.hint)
         return halves(words, self.kind) if self.exact else words
 
     def single(self, ref: Any, token: int, at: Array) -> Array:
@@ -194,7 +197,7 @@ class _Source:
         return halves(words >> (16 * (at & 1)).astype(jnp.uint32), self.kind)[0]
 
 
-def _operand(x: Array, width: int, exact: bool) -> tuple[Array, _Source]:
+def _operand(x: Array, width: int, exact: bool, hint: str | None) -> tuple[Array, _Source]:
     """`x` flat, as the kernels read it, with zeros up to `width` inputs."""
     tokens, in_size = x.shape
     if width != in_size:
@@ -202,9 +205,9 @@ def _operand(x: Array, width: int, exact: bool) -> tuple[Array, _Source]:
     if not exact:
         x = x.astype(jnp.float16)
     if x.dtype == jnp.float32:
-        return x.reshape(-1), _Source(None, width, exact)
+        return x.reshape(-1), _Source(None, width, exact, hint)
     words = lax.bitcast_convert_type(x.reshape((-1, 2)), jnp.uint32)
-    return words, _Source(x.dtype, width, exact)
+    return words, _Source(x.dtype, width, exact, hint)
 
 
 def _overlay(refs: Any, n: Array, single: Callable[[Array], Array]) -> Array:

@@ -29,6 +29,8 @@ class Settings:
         split: parts that the inputs are cut into, whose sums are added afterwards; for tiles only.
         stages: steps whose reads are under way together: row by row 1, or 2 in registers; for tiles as many as
             the compiler shall keep in shared memory.
+        cache: what the first cache shall make room with: "words", or "both" if it shall also hold on to inputs as
+            long as it can, or "any"; row by row only.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class Settings:
     unroll: int = 1
     split: int = 1
     stages: int = 1
+    cache: str = "words"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +119,13 @@ def pairs_exactly(
     return [([halves(p, decoder.kind) for p in pairs], scale) for pairs, scale in decoded]
 
 
-def load(ref: Any, inside: Array | None = None) -> Array:
-    """Reads an indexed ref, zero where not `inside`."""
+def load(ref: Any, inside: Array | None = None, hint: str | None = None) -> Array:
+    """Reads an indexed ref, zero where not `inside`; `hint` is the first cache's, such as "evict_first"."""
     from jax.experimental.pallas import triton
 
     if inside is None:
-        return triton.load(ref)
-    return triton.load(ref, mask=inside, other=jnp.zeros((), ref.dtype))
+        return triton.load(ref, eviction_policy=hint)
+    return triton.load(ref, mask=inside, other=jnp.zeros((), ref.dtype), eviction_policy=hint)
 
 
 def store(ref: Any, value: Array, inside: Array) -> None:
