@@ -5,9 +5,6 @@ namespace {
 
 // ---- few tokens: values go from the registers of the decoder to those of the product ----
 
-// Bytes that are fetched ahead: some rows, whatever their length.
-constexpr int64_t kAhead = 12288;
-
 // y[token, row] (+)= sum over blocks [first, last) for kRows rows and kTokens tokens.
 template <int kBits, int kRows, int kTokens, class Values, class X>
 JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, const Values& from, const X* x,

@@ -55,7 +55,25 @@ void subset_sums(const float* x, int64_t inputs, const Planes& p, int count, int
 
 // ---- bit planes: sums of four activations looked up by four bits ----
 
-// Sums of looked-up bytes, 16 bits wide: of all bytes with the odd ones 256 times, and of the odd ones.
+// Sums of looked-up bytes, 16 bits wide.
+#if defined(JAXQ_NEON)
+struct ByteSums {
+  V low, high;
+
+  void add(V bytes) {
+    low = Simd::add_low8(low, bytes);
+    high = Simd::add_high8(high, bytes);
+  }
+  void widen(V out[4]) const {
+    const V zero = Simd::zero();
+    out[0] = Simd::low16(low, zero);
+    out[1] = Simd::high16(low, zero);
+    out[2] = Simd::low16(high, zero);
+    out[3] = Simd::high16(high, zero);
+  }
+};
+#else
+// Of all bytes with the odd ones 256 times, and of the odd ones.
 struct ByteSums {
   V all, odd;
 
@@ -73,18 +91,18 @@ struct ByteSums {
     out[3] = Simd::high16(high, zero);
   }
 };
+#endif
 
 // Sums of 16 bits hold 257 bytes: that many quads, and fewer than 2^31 / 2^24 when three bytes make a number.
 constexpr int64_t kPairsAtOnce = 32;
 
 template <int kCount>
 inline void plane_sums(const uint8_t* lines, const uint8_t* tables, int64_t pairs, F out[4]) {
-  const V nibble = Simd::set8(15);
   ByteSums sums[kCount];
   for (int p = 0; p < kCount; ++p) sums[p] = ByteSums{Simd::zero(), Simd::zero()};
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const V line = Simd::load(lines + pair * kTile);
-    const V low = Simd::both(line, nibble), high = Simd::both(Simd::right16(line, 4), nibble);
+    const V low = field<4>(line, 0), high = field<4>(line, 4);
     const uint8_t* at = tables + pair * 2 * kCount * 16;
 JAXQ_UNROLL(3)
     for (int p = 0; p < kCount; ++p) {
