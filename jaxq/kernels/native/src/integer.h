@@ -166,7 +166,7 @@ JAXQ_VECTORIZED int64_t split(const float* from, int64_t numbers, float inverse,
 }
 
 // Digits of base 256 from -128 to 127, for the groups [begin, end) of all tokens' groups.
-JAXQ_VECTORIZED void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
+[[maybe_unused]] JAXQ_VECTORIZED void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
             int8_t* bytes, float* units, float* sums) {
   const float most = count == 1 ? 127.0f : count == 2 ? 127.0f * 256 : 127.0f * 65536;
   const int64_t size = grid.group_runs * kRun;

@@ -26,11 +26,12 @@ struct BFloat {
   uint16_t bits;
 };
 
-// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation.
+// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation. Inline, or
+// Clang has several definitions to link.
 template <class X>
-constexpr int kLeastBits = 1;
+inline constexpr int kLeastBits = 1;
 template <>
-constexpr int kLeastBits<BFloat> = 2;
+inline constexpr int kLeastBits<BFloat> = 2;
 
 constexpr int64_t kRun = 64;
 constexpr int64_t kTile = 64;

@@ -134,13 +134,17 @@ void planes_of(const Planes& p, const Sums& x, int64_t begin, int64_t end) {
     for (int64_t token = 0; token < p.tokens; ++token) {
       float result[kTile];
       const uint8_t* tables = x.tables + token * quads * kCount * 16;
-      for (int part = 0; part < kParts; ++part) {
-        F y[4] = {Simd::zerof(), Simd::zerof(), Simd::zerof(), Simd::zerof()};
-        const int64_t at = part * Simd::kBytes;
-        for (int64_t g = 0; g < p.groups; ++g) {
+      F sums[kParts][4];
+      for (int part = 0; part < kParts; ++part)
+        for (int q = 0; q < 4; ++q) sums[part][q] = Simd::zerof();
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const F sum = Simd::setf(x.sum[token * p.groups + g]), unit = Simd::setf(x.unit[token * p.groups + g]);
+        const int64_t stop = (g + 1) * p.group_pairs < p.pairs ? (g + 1) * p.group_pairs : p.pairs;
+        // All parts of a group's lines while the first cache holds them.
+        for (int part = 0; part < kParts; ++part) {
+          F* y = sums[part];
+          const int64_t at = part * Simd::kBytes;
           const T* group_scales = tile_scales + g * (p.bits + 1) * kTile + at;
-          const F sum = Simd::setf(x.sum[token * p.groups + g]), unit = Simd::setf(x.unit[token * p.groups + g]);
-          const int64_t stop = (g + 1) * p.group_pairs < p.pairs ? (g + 1) * p.group_pairs : p.pairs;
           for (int j = 0; j < p.bits; ++j) {
             F products[4] = {Simd::zerof(), Simd::zerof(), Simd::zerof(), Simd::zerof()};
             for (int64_t first = g * p.group_pairs; first < stop; first += kPairsAtOnce) {
@@ -157,8 +161,9 @@ void planes_of(const Planes& p, const Sums& x, int64_t begin, int64_t end) {
           for (int q = 0; q < 4; ++q)
             y[q] = Simd::fma(Simd::lane_scales(group_scales + p.bits * kTile + 4 * q), sum, y[q]);
         }
-        for (int q = 0; q < 4; ++q) Simd::lane_store(result + at + 4 * q, y[q]);
       }
+      for (int part = 0; part < kParts; ++part)
+        for (int q = 0; q < 4; ++q) Simd::lane_store(result + part * Simd::kBytes + 4 * q, sums[part][q]);
       for (int64_t r = 0; r < rows; ++r) p.y[token * p.rows + row + r] = result[r];
     }
   }
