@@ -4,26 +4,26 @@
 // cores, of four it is four on most), and these kernels are bound by vector operations, two a cycle on small cores and four
 // on large ones, not by the loads that wider vectors would share.
 //
-// Of a table of four or more floats the bytes are looked up and interleaved: 3 operations for 4 weights of float32, 2 of
-// halves and bfloat16. A look-up of floats by tbl has to make an index of four bytes from each code first: 4 for a table of 4
-// floats, 5 of 8 (two registers) and 7 of 16 (four), and a register more for each row.
+// Of tables of any size the bytes are looked up and interleaved: 3 operations for 4 weights of float32, 2 of halves and of
+// bfloat16. A look-up of whole floats has to make an index of four bytes from each code first: 4 operations with a table of 4
+// floats, 5 with one of 8 (tbl of two registers) and 7 with one of 16 (of four).
 #pragma once
 
 #define JAXQ_NEON
 
 struct Simd {
-  // 32 registers: 16 sums, as many as four multiply-adds a cycle of four cycles keep in flight, and four rows (kBatch); sums of
-  // integers four rows at a time for the same reason. No number here is measured: those of tokens come from counting the
-  // vector operations of the loops.
+  // Of 32 registers 16 are sums, as many as four multiply-adds a cycle that take four cycles keep in flight (kBatch); sums of
+  // integers go four rows at a time for the same reason. No number here is measured: those of tokens come from counting the
+  // vector operations of the loops, and several tokens are decoded for as long as that happens once (kFew).
   static constexpr int kBytes = 16, kFloats = 4, kTable = 0, kBatch = 4, kRows = 1, kIntegerRows = 4, kTokens = 4, kFew = 4;
 #if defined(__ARM_FEATURE_DOTPROD)
   // 32-bit sums of four products: what three bytes leave of 31 bits once the upper two are put together.
   static constexpr int kAdds = 1024;
-  static constexpr int64_t kIntegerTokens[3] = {512, 16, 8};
+  static constexpr int64_t kIntegerTokens[3] = {512, 64, 16};
 #else
   // 16-bit sums of two products of at most 15 * 128.
   static constexpr int kAdds = 8;
-  static constexpr int64_t kIntegerTokens[3] = {512, 5, 3};
+  static constexpr int64_t kIntegerTokens[3] = {512, 8, 4};
 #endif
   using V = uint8x16_t;
   using F = float32x4_t;
