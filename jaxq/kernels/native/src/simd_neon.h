@@ -16,6 +16,7 @@ struct Simd {
   // integers go four rows at a time for the same reason. No number here is measured: those of tokens come from counting the
   // vector operations of the loops, and several tokens are decoded for as long as that happens once (kFew).
   static constexpr int kBytes = 16, kFloats = 4, kTable = 0, kBatch = 4, kRows = 1, kIntegerRows = 4, kTokens = 4, kFew = 4;
+  // Compilers for Macs take dot products for granted: both sets have them there.
 #if defined(__ARM_FEATURE_DOTPROD)
   // 32-bit sums of four products: what three bytes leave of 31 bits once the upper two are put together.
   static constexpr int kAdds = 1024;
