@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--activations", default="float32,bfloat16,int8")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0, help="of the native kernels; 0 for all")
-    parser.add_argument("--instruction-set", default="", help="of the native kernels; empty for the best")
+    parser.add_argument("--instruction-set", default="", help="avx2, neon, ...; empty for the best")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
 

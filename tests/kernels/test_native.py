@@ -20,6 +20,7 @@ from jaxq.formats import BitPlane, Codebook, DenseSparse, Dynamic, Layout, Prepa
 from jaxq.formats.activations import DynamicQuantizer
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import native
+from jaxq.kernels.bitplane import native_rows
 from jaxq.kernels.native import build, library
 from jaxq.quantize import Result
 
@@ -35,7 +36,8 @@ def runs_here(name: str) -> bool:
     return True
 
 
-SETS = [name for name in ("avx512bf16", "avx512", "avx2", "scalar") if native.available() and runs_here(name)]
+NAMES = ("avx512bf16", "avx512", "avx2", "neondot", "neon", "scalar")
+SETS = [name for name in NAMES if native.available() and runs_here(name)]
 #: Formats, each with inputs and outputs at some edge of a block, a run, a group, a tile or a slab.
 CASES = [
     (Codebook(1, "bfloat16"), 1, 1),
@@ -175,10 +177,12 @@ def test_dtypes_and_leading_axes(format):
 
 
 def test_activations_choose_the_layout_of_planes():
-    # Sums of rounded activations want the bits of one plane together, floats those of one weight.
+    # Sums of rounded activations want the bits of one plane together, floats those of one weight where a vector
+    # holds its values.
+    by_rows = native_rows.BITS.get(native.instruction_set(), 0) >= 2
     array, x = random_array(BitPlane(2, 64), 256, 70), normal(3, 256)
     exact_one, rounded = jaxq.prepare(array), jaxq.prepare(array, activations="int8")
-    assert (exact_one.parts[0].ndim, rounded.parts[0].ndim) == (2, 4)
+    assert (exact_one.parts[0].ndim, rounded.parts[0].ndim) == (2 if by_rows else 4, 4)
     again = jaxq.prepare(rounded)
     assert jax.tree.structure(again) == jax.tree.structure(exact_one)
     jax.tree.map(np.testing.assert_array_equal, again, exact_one)

@@ -27,7 +27,8 @@ TOKENS = lines.TOKENS
 #: `prepare` takes and `restore` gives the bits of a weight together.
 CODES = True
 
-#: Bits whose table fits a vector, by instruction set.
+#: Bits whose table fits a vector, by instruction set. With NEON none: sums looked up by planes take fewer
+#: instructions than values looked up by bytes.
 BITS = {"avx512bf16": 4, "avx512": 4, "avx2": 3}
 
 #: Activations that this layout is for.

@@ -36,8 +36,12 @@ SETS = {
         "AVX512": AVX512,
         "AVX512BF16": (*AVX512, "-mavx512bf16"),
     },
+    "aarch64": {
+        "NEON": (),
+        "NEONDOT": ("-march=armv8.2-a+dotprod",),
+    },
 }
-FAMILIES = {"amd64": "x86_64"}
+FAMILIES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 #: Seconds that one file may take; some eighty are usual for all of them on one core.
 TIMEOUT = 600

@@ -72,7 +72,7 @@ def reason() -> str:
 
 
 def instruction_set() -> str:
-    """What the native kernel runs on now: "avx512bf16", "avx512", "avx2" or "scalar"; empty if there is none."""
+    """What the native kernel runs on now, as `configure` names it; empty if there is none."""
     library, _ = _load()
     return library.jaxq_isa().decode() if library else ""
 
@@ -82,8 +82,8 @@ def configure(threads: int = 0, instruction_set: str = "") -> None:
 
     Args:
         threads: at most so many of XLA's own; 0 for all of them.
-        instruction_set: "avx512bf16", "avx512", "avx2" or, to compare with, "scalar"; empty for the best of this
-            processor.
+        instruction_set: "avx512bf16", "avx512" or "avx2" (x86-64), "neondot" or "neon" (AArch64; the former with
+            dot products) or, to compare with, "scalar"; empty for the best of this processor.
 
     Raises JaxqError if there is no native kernel, or not for that instruction set.
     """

@@ -5,9 +5,6 @@ namespace {
 
 // ---- few tokens: values go from the registers of the decoder to those of the product ----
 
-// Bytes that are fetched ahead: some rows, whatever their length.
-constexpr int64_t kAhead = 12288;
-
 // y[token, row] (+)= sum over blocks [first, last) for kRows rows and kTokens tokens.
 template <int kBits, int kRows, int kTokens, class Values, class X>
 JAXQ_APART void direct(const Codes& c, int64_t row, int64_t token, int64_t first, int64_t last, const Values& from, const X* x,
@@ -151,21 +148,21 @@ template <int kTokens>
 JAXQ_APART void product_block(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                           int64_t rows) {
   F sums[kRowsAtOnce][kTokens];
-  for (int r = 0; r < kRowsAtOnce; ++r)
-    for (int t = 0; t < kTokens; ++t) sums[r][t] = Simd::zerof();
+  // Through `each`: GCC for NEON stores sums that a loop indexes in every turn.
+  const auto each_row = [](auto body) JAXQ_INLINE { each<static_cast<int>(kRowsAtOnce)>(body); };
+  each_row([&](auto r) JAXQ_INLINE { each<kTokens>([&](auto t) JAXQ_INLINE { sums[r.value][t.value] = Simd::zerof(); }); });
   for (int64_t k = 0; k < width; k += Simd::kFloats) {
     F rows_of[kRowsAtOnce];
-JAXQ_UNROLL(4)
-    for (int r = 0; r < kRowsAtOnce; ++r) rows_of[r] = Simd::loadf(w + r * kSlabStride + k);
-JAXQ_UNROLL(4)
-    for (int t = 0; t < kTokens; ++t) {
-      const F v = Simd::loadf(x + t * x_stride + k);
-JAXQ_UNROLL(4)
-      for (int r = 0; r < kRowsAtOnce; ++r) sums[r][t] = Simd::fma(rows_of[r], v, sums[r][t]);
-    }
+    each_row([&](auto r) JAXQ_INLINE { rows_of[r.value] = Simd::loadf(w + r.value * kSlabStride + k); });
+    each<kTokens>([&](auto t) JAXQ_INLINE {
+      const F v = Simd::loadf(x + t.value * x_stride + k);
+      each_row([&](auto r) JAXQ_INLINE { sums[r.value][t.value] = Simd::fma(rows_of[r.value], v, sums[r.value][t.value]); });
+    });
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int t = 0; t < kTokens; ++t) y[t * y_stride + r] += Simd::sum(sums[r][t]);
+  each_row([&](auto r) JAXQ_INLINE {
+    if (r.value < rows)
+      each<kTokens>([&](auto t) JAXQ_INLINE { y[t.value * y_stride + r.value] += Simd::sum(sums[r.value][t.value]); });
+  });
 }
 
 inline void product_tokens(const float* w, int64_t width, const float* x, int64_t x_stride, float* y, int64_t y_stride,

@@ -14,6 +14,11 @@
 #if defined(JAXQ_HAS_AVX2) || defined(JAXQ_HAS_AVX512)
 #include <cpuid.h>
 #endif
+#if defined(JAXQ_HAS_NEONDOT) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(JAXQ_HAS_NEONDOT) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -50,6 +55,33 @@ const Kernels& with_bfloats() {
 }
 #endif
 
+#if defined(JAXQ_HAS_NEONDOT)
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which old headers lack
+  return getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+
+const Kernels& with_dot_products() {
+  static const Kernels all = [] {
+    Kernels kernels = kNeon;
+    kernels.integer = kNeonDot;
+    return kernels;
+  }();
+  return all;
+}
+#endif
+
+// The best first.
+constexpr const char* kSets[] = {"avx512bf16", "avx512", "avx2", "neondot", "neon", "scalar"};
+
 const Kernels* by_name(const std::string& name) {
   if (name == "scalar") return &kScalar;
 #if defined(JAXQ_HAS_AVX2)
@@ -64,6 +96,12 @@ const Kernels* by_name(const std::string& name) {
 #if defined(JAXQ_HAS_AVX512BF16)
   if (name == "avx512bf16" && by_name("avx512") && multiplies_bfloat()) return &with_bfloats();
 #endif
+#if defined(JAXQ_HAS_NEON)
+  if (name == "neon") return &kNeon;
+#endif
+#if defined(JAXQ_HAS_NEONDOT)
+  if (name == "neondot" && by_name("neon") && has_dot_products()) return &with_dot_products();
+#endif
   return nullptr;
 }
 
@@ -71,7 +109,7 @@ const Kernels& kernels() {
   const Kernels* chosen = g_kernels.load();
   if (chosen) return *chosen;
   const Kernels* best = nullptr;
-  for (const char* name : {"avx512bf16", "avx512", "avx2", "scalar"})
+  for (const char* name : kSets)
     if ((best = by_name(name))) break;
   // Unless somebody has chosen another meanwhile.
   g_kernels.compare_exchange_strong(chosen, best);
@@ -121,6 +159,9 @@ class Job {
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  // Most of these processors ignore `yield`.
+  __asm__ __volatile__("isb" ::: "memory");
 #endif
 }
 
@@ -432,7 +473,7 @@ ffi::Error uniform(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> cod
   const Kernels& k = kernels();
   const int64_t scratch_floats = code_scratch(grid.padded_groups, 2);
   Products products(pool, batch, shape, codes, bits, y->typed_data());
-  if (batch.tokens > k.integer_tokens[digits] || has_product(k, x, bits)) {
+  if (batch.tokens > k.integer.tokens[digits] || has_product(k, x, bits)) {
     products.run(k, x, scratch_floats, [&](int64_t b, const auto& of, const Codes& c, const auto* ordered, auto... rest) {
       of.grid(c, grid_of(b), ordered, rest...);
     });
@@ -455,7 +496,7 @@ ffi::Error uniform(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> cod
     const Digits d{digits_of.get(), units.get(), sums.get(), digits};
     const Codes c = products.codes(b);
     parallel(pool, shape.rows, kLeastRows, scratch_floats, [&](int64_t begin, int64_t end, float* scratch) {
-      k.integer(c, of, d, begin, end, scratch);
+      k.integer.product(c, of, d, begin, end, scratch);
     });
   }
   return ffi::Error::Success();
@@ -621,12 +662,7 @@ extern "C" bool jaxq_configure(int threads, const char* isa) {
 
 extern "C" const char* jaxq_isa() {
   const Kernels* now = &kernels();
-  if (now->bfloats) return "avx512bf16";
-#if defined(JAXQ_HAS_AVX2)
-  if (now == &kAvx2) return "avx2";
-#endif
-#if defined(JAXQ_HAS_AVX512)
-  if (now == &kAvx512) return "avx512";
-#endif
-  return now == &kScalar ? "scalar" : "";
+  for (const char* name : kSets)
+    if (by_name(name) == now) return name;
+  return "";
 }

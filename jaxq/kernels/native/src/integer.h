@@ -8,6 +8,11 @@ namespace {
 
 template <int kDigits>
 inline F digits_to_float(const V sums[kDigits]) {
+  // More than four additions, shifted by two bytes, exceed 32 bits.
+  if constexpr (kDigits > 2 && Simd::kAdds > 4) {
+    const V upper = Simd::add32(Simd::dot_result(sums[1]), Simd::left32(Simd::dot_result(sums[2]), 8));
+    return Simd::fma(Simd::to_float(upper), Simd::setf(256.0f), Simd::to_float(Simd::dot_result(sums[0])));
+  }
   V total = Simd::dot_result(sums[0]);
   if (kDigits > 1) total = Simd::add32(total, Simd::left32(Simd::dot_result(sums[kDigits > 1 ? 1 : 0]), 8));
   if (kDigits > 2) total = Simd::add32(total, Simd::left32(Simd::dot_result(sums[kDigits > 2 ? 2 : 0]), 16));
@@ -19,8 +24,7 @@ inline F digits_to_float(const V sums[kDigits]) {
 template <int kBits, int kDigits, int kRows, int kTokens>
 JAXQ_APART void integer_rows(const Codes& c, const Grid& grid, const Digits& x, int64_t row, int64_t token, const float* scales) {
   constexpr int kRuns = static_cast<int>(runs_in_block(kBits)), kLines = static_cast<int>(bytes_in_block(kBits) / 64);
-  // 16-bit sums of two products take four additions, and so do 32-bit ones once shifted by two bytes.
-  constexpr int kLimit = kParts >= 4 ? 1 : 4 / kParts;
+  constexpr int kLimit = kParts >= Simd::kAdds ? 1 : Simd::kAdds / kParts;
   const int64_t padded = c.blocks * kRuns * kRun, stride = grid.padded_groups;
   const float* units = x.unit + token * stride;
   F sums[kRows][kTokens];
@@ -101,7 +105,7 @@ JAXQ_UNROLL(2)
 template <int kBits, int kDigits>
 void integer_of(const Codes& c, const Grid& grid, const Digits& x, int64_t begin, int64_t end, float* scratch) {
   // Sums and what they are made of stay in registers.
-  constexpr int kRows = Simd::kRows < 2 ? 1 : 2, kTokens = kDigits == 1 ? Simd::kTokens / 2 : 1;
+  constexpr int kRows = Simd::kIntegerRows, kTokens = kDigits == 1 ? Simd::kTokens / 2 : 1;
   const auto rows_of = [&](int64_t row, auto rows) {
     for (int r = 0; r < rows.value; ++r) {
       float* scales = scratch + 2 * r * grid.padded_groups;
@@ -162,7 +166,7 @@ JAXQ_VECTORIZED int64_t split(const float* from, int64_t numbers, float inverse,
 }
 
 // Digits of base 256 from -128 to 127, for the groups [begin, end) of all tokens' groups.
-JAXQ_VECTORIZED void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
+[[maybe_unused]] JAXQ_VECTORIZED void digits(const float* x, int64_t inputs, int64_t padded, const Grid& grid, int count, int64_t begin, int64_t end,
             int8_t* bytes, float* units, float* sums) {
   const float most = count == 1 ? 127.0f : count == 2 ? 127.0f * 256 : 127.0f * 65536;
   const int64_t size = grid.group_runs * kRun;

@@ -3,6 +3,8 @@
 
 #if defined(JAXQ_ISA_AVX512BF16) || defined(JAXQ_ISA_AVX512) || defined(JAXQ_ISA_AVX2)
 #include <immintrin.h>
+#elif defined(JAXQ_ISA_NEONDOT) || defined(JAXQ_ISA_NEON)
+#include <arm_neon.h>
 #else
 #include <cmath>
 #include <cstring>
@@ -19,6 +21,11 @@ namespace {
 #elif defined(JAXQ_ISA_AVX2)
 #define JAXQ_TABLE kAvx2
 #include "simd_avx2.h"
+#elif defined(JAXQ_ISA_NEONDOT)
+#include "simd_neon.h"
+#elif defined(JAXQ_ISA_NEON)
+#define JAXQ_TABLE kNeon
+#include "simd_neon.h"
 #else
 #define JAXQ_TABLE kScalar
 #include "simd_scalar.h"
@@ -27,21 +34,28 @@ namespace {
 }  // namespace
 
 #include "values.h"
-#include "codes.h"
 
-// Of products of bfloat16 that is all: the rest is what AVX-512 has without them.
+// Of products of bfloat16, and of integers by dot products, that is all: the rest is what the set without them has.
 #if defined(JAXQ_ISA_AVX512BF16)
+#include "codes.h"
 extern const Floating<BFloat> kAvx512BFloats;
 const Floating<BFloat> kAvx512BFloats = {order<BFloat>, lookup<BFloat>, grid<BFloat>, levels<BFloat>};
 #else
 #include "integer.h"
+constexpr Integer kInteger = {{0, Simd::kIntegerTokens[0], Simd::kIntegerTokens[1], Simd::kIntegerTokens[2]}, integer};
+
+#if defined(JAXQ_ISA_NEONDOT)
+extern const Integer kNeonDot;
+const Integer kNeonDot = kInteger;
+#else
+#include "codes.h"
 #include "planes.h"
 #include "tables.h"
 
 extern const Kernels JAXQ_TABLE;
-const Kernels JAXQ_TABLE = {{0, Simd::kIntegerTokens[0], Simd::kIntegerTokens[1], Simd::kIntegerTokens[2]},
-                            {order<float>, lookup<float>, grid<float>, levels<float>},
-                            digits, subset_sums, integer, planes, planes_dense, tables, nullptr};
+const Kernels JAXQ_TABLE = {{order<float>, lookup<float>, grid<float>, levels<float>},
+                            kInteger, digits, subset_sums, planes, planes_dense, tables, nullptr};
+#endif
 #endif
 
 }  // namespace jaxq

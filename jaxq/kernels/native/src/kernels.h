@@ -26,11 +26,12 @@ struct BFloat {
   uint16_t bits;
 };
 
-// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation.
+// Codes of fewer bits are multiplied by floats even where there are products of X: not worth their compilation. Inline, or
+// Clang has several definitions to link.
 template <class X>
-constexpr int kLeastBits = 1;
+inline constexpr int kLeastBits = 1;
 template <>
-constexpr int kLeastBits<BFloat> = 2;
+inline constexpr int kLeastBits<BFloat> = 2;
 
 constexpr int64_t kRun = 64;
 constexpr int64_t kTile = 64;
@@ -115,16 +116,21 @@ struct Floating {
   void (*levels)(const Codes&, const Levels&, const X* ordered, int64_t begin, int64_t end, float* scratch);
 };
 
+// Integer products of codes with digits.
+struct Integer {
+  // Tokens up to which products of so many digits are faster than floating ones.
+  int64_t tokens[4];
+  void (*product)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
+};
+
 // Rows are handed out in [begin, end); for planes these are tiles. `scratch` has `code_scratch` or `kPlaneScratch` floats.
 struct Kernels {
-  // Tokens up to which integer products of so many digits are faster than floating ones.
-  int64_t integer_tokens[4];
   Floating<float> floats;
+  Integer integer;
   void (*digits)(const float* x, int64_t inputs, int64_t padded, const Grid&, int count, int64_t begin, int64_t end,
                  int8_t* bytes, float* units, float* sums);
   void (*subset_sums)(const float* x, int64_t inputs, const Planes&, int count, int64_t begin, int64_t end,
                       uint8_t* tables, float* units, float* sums);
-  void (*integer)(const Codes&, const Grid&, const Digits&, int64_t begin, int64_t end, float* scratch);
   void (*planes)(const Planes&, const Sums&, int64_t begin, int64_t end);
   void (*planes_dense)(const Planes&, const float* x, int64_t inputs, int64_t begin, int64_t end, float* scratch);
   // Tables (rows, entries) for rows of points and their importance; `scratch` has `table_scratch` floats.
@@ -157,5 +163,7 @@ extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Floating<BFloat> kAvx512BFloats;
+extern const Kernels kNeon;
+extern const Integer kNeonDot;
 
 }  // namespace jaxq

@@ -55,7 +55,25 @@ void subset_sums(const float* x, int64_t inputs, const Planes& p, int count, int
 
 // ---- bit planes: sums of four activations looked up by four bits ----
 
-// Sums of looked-up bytes, 16 bits wide: of all bytes with the odd ones 256 times, and of the odd ones.
+// Sums of looked-up bytes, 16 bits wide.
+#if defined(JAXQ_NEON)
+struct ByteSums {
+  V low, high;
+
+  void add(V bytes) {
+    low = Simd::add_low8(low, bytes);
+    high = Simd::add_high8(high, bytes);
+  }
+  void widen(V out[4]) const {
+    const V zero = Simd::zero();
+    out[0] = Simd::low16(low, zero);
+    out[1] = Simd::high16(low, zero);
+    out[2] = Simd::low16(high, zero);
+    out[3] = Simd::high16(high, zero);
+  }
+};
+#else
+// Of all bytes with the odd ones 256 times, and of the odd ones.
 struct ByteSums {
   V all, odd;
 
@@ -73,18 +91,18 @@ struct ByteSums {
     out[3] = Simd::high16(high, zero);
   }
 };
+#endif
 
 // Sums of 16 bits hold 257 bytes: that many quads, and fewer than 2^31 / 2^24 when three bytes make a number.
 constexpr int64_t kPairsAtOnce = 32;
 
 template <int kCount>
 inline void plane_sums(const uint8_t* lines, const uint8_t* tables, int64_t pairs, F out[4]) {
-  const V nibble = Simd::set8(15);
   ByteSums sums[kCount];
   for (int p = 0; p < kCount; ++p) sums[p] = ByteSums{Simd::zero(), Simd::zero()};
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const V line = Simd::load(lines + pair * kTile);
-    const V low = Simd::both(line, nibble), high = Simd::both(Simd::right16(line, 4), nibble);
+    const V low = field<4>(line, 0), high = field<4>(line, 4);
     const uint8_t* at = tables + pair * 2 * kCount * 16;
 JAXQ_UNROLL(3)
     for (int p = 0; p < kCount; ++p) {
@@ -116,13 +134,17 @@ void planes_of(const Planes& p, const Sums& x, int64_t begin, int64_t end) {
     for (int64_t token = 0; token < p.tokens; ++token) {
       float result[kTile];
       const uint8_t* tables = x.tables + token * quads * kCount * 16;
-      for (int part = 0; part < kParts; ++part) {
-        F y[4] = {Simd::zerof(), Simd::zerof(), Simd::zerof(), Simd::zerof()};
-        const int64_t at = part * Simd::kBytes;
-        for (int64_t g = 0; g < p.groups; ++g) {
+      F sums[kParts][4];
+      for (int part = 0; part < kParts; ++part)
+        for (int q = 0; q < 4; ++q) sums[part][q] = Simd::zerof();
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const F sum = Simd::setf(x.sum[token * p.groups + g]), unit = Simd::setf(x.unit[token * p.groups + g]);
+        const int64_t stop = (g + 1) * p.group_pairs < p.pairs ? (g + 1) * p.group_pairs : p.pairs;
+        // All parts of a group's lines while the first cache holds them.
+        for (int part = 0; part < kParts; ++part) {
+          F* y = sums[part];
+          const int64_t at = part * Simd::kBytes;
           const T* group_scales = tile_scales + g * (p.bits + 1) * kTile + at;
-          const F sum = Simd::setf(x.sum[token * p.groups + g]), unit = Simd::setf(x.unit[token * p.groups + g]);
-          const int64_t stop = (g + 1) * p.group_pairs < p.pairs ? (g + 1) * p.group_pairs : p.pairs;
           for (int j = 0; j < p.bits; ++j) {
             F products[4] = {Simd::zerof(), Simd::zerof(), Simd::zerof(), Simd::zerof()};
             for (int64_t first = g * p.group_pairs; first < stop; first += kPairsAtOnce) {
@@ -139,8 +161,9 @@ void planes_of(const Planes& p, const Sums& x, int64_t begin, int64_t end) {
           for (int q = 0; q < 4; ++q)
             y[q] = Simd::fma(Simd::lane_scales(group_scales + p.bits * kTile + 4 * q), sum, y[q]);
         }
-        for (int q = 0; q < 4; ++q) Simd::lane_store(result + at + 4 * q, y[q]);
       }
+      for (int part = 0; part < kParts; ++part)
+        for (int q = 0; q < 4; ++q) Simd::lane_store(result + part * Simd::kBytes + 4 * q, sums[part][q]);
       for (int64_t r = 0; r < rows; ++r) p.y[token * p.rows + row + r] = result[r];
     }
   }

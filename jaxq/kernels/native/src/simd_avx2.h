@@ -2,7 +2,8 @@
 #pragma once
 
 struct Simd {
-  static constexpr int kBytes = 32, kFloats = 8, kBatch = 3, kRows = 2, kTokens = 4, kFew = 2;
+  static constexpr int kBytes = 32, kFloats = 8, kTable = 8, kBatch = 3, kRows = 2, kIntegerRows = 2, kTokens = 4, kFew = 2;
+  static constexpr int kAdds = 4;
   static constexpr int64_t kIntegerTokens[3] = {512, 12, 8};
   using V = __m256i;
   using F = __m256;

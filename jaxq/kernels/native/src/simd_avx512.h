@@ -2,7 +2,8 @@
 #pragma once
 
 struct Simd {
-  static constexpr int kBytes = 64, kFloats = 16, kBatch = 4, kRows = 4, kTokens = 8, kFew = 16;
+  static constexpr int kBytes = 64, kFloats = 16, kTable = 16, kBatch = 4, kRows = 4, kIntegerRows = 2, kTokens = 8, kFew = 16;
+  static constexpr int kAdds = 4;
   static constexpr int64_t kIntegerTokens[3] = {512, 8, 2};
   using V = __m512i;
   using F = __m512;

@@ -4,10 +4,13 @@
 #pragma once
 
 struct Simd {
-  // By the number of registers: tokens that a product of four decoded rows takes at once (kBatch); rows of codes that are
-  // taken at once with one token, and tokens with a row or two (kRows, kTokens). Measured: tokens up to which rows are
-  // decoded in registers (kFew).
-  static constexpr int kBytes = 16, kFloats = 4, kBatch = 2, kRows = 1, kTokens = 2, kFew = 2;
+  // Entries of the largest table that `lookup` is for (kTable). By the number of registers: tokens that a product of four
+  // decoded rows takes at once (kBatch); rows of codes that are taken at once with one token, by integers too, and tokens
+  // with a row or two (kRows, kIntegerRows, kTokens). Measured: tokens up to which rows are decoded in registers (kFew).
+  static constexpr int kBytes = 16, kFloats = 4, kTable = 4, kBatch = 2, kRows = 1, kIntegerRows = 1, kTokens = 2, kFew = 2;
+  // How often `dot` may add to a sum: 16-bit sums of two products take four additions, and so do 32-bit ones once shifted by
+  // two bytes.
+  static constexpr int kAdds = 4;
   // Measured: tokens up to which integer products of one, two and three digits are faster than floating ones.
   static constexpr int64_t kIntegerTokens[3] = {16, 12, 8};
   struct V {
@@ -47,7 +50,8 @@ struct Simd {
   static V low16(V a, V b) { return interleave16(a, b, 0); }
   static V high16(V a, V b) { return interleave16(a, b, 8); }
 
-  // Sums of products of unsigned and signed bytes. At most four are added before `dot_result` gives 32-bit sums.
+  // Sums of products of codes and signed bytes: of four each, or in any order that has the same sum. At most kAdds are added
+  // before `dot_result` gives 32-bit sums.
   static V dot(V sum, V u, V s) {
     V r;
     for (int i = 0; i < 16; i += 4) {

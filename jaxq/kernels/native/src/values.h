@@ -53,6 +53,18 @@ inline void by_bits(int bits, const Body& body) {
   }
 }
 
+// Bytes of codes that are fetched ahead: some rows, whatever their length.
+constexpr int64_t kAhead = 12288;
+
+// kBits bits of each byte, from place `at` on.
+template <int kBits>
+inline V field(V bytes, int at) {
+#if defined(JAXQ_NEON)
+  if (at + kBits == 8) return Simd::right8(bytes, at);
+#endif
+  return Simd::both(Simd::right16(bytes, at), Simd::set8((1 << kBits) - 1));
+}
+
 // The codes of vector `part` of run `run` of a block, one in each byte. `run` is known when this is compiled. Loose
 // ones have other bits above their own.
 template <int kBits, bool kLoose = false>
@@ -60,16 +72,16 @@ inline V codes_of(const uint8_t* block, int run, int part) {
   constexpr int kNarrow = kBits == 3 ? 2 : kBits;
   constexpr int kRunsInLine = 8 / kNarrow;
   const uint8_t* line = block + (run / kRunsInLine) * kRun + part * Simd::kBytes;
-  const V low = Simd::right16(Simd::load(line), (run % kRunsInLine) * kNarrow);
-  if (kBits != 3) return kLoose ? low : Simd::both(low, Simd::set8((1 << kNarrow) - 1));
+  const int place = (run % kRunsInLine) * kNarrow;
+  if (kBits != 3) return kLoose ? Simd::right16(Simd::load(line), place) : field<kNarrow>(Simd::load(line), place);
   const V bits = Simd::load(block + 2 * kRun + part * Simd::kBytes);
   const V high = run >= 2 ? Simd::right16(bits, run - 2) : Simd::left16(bits, 2 - run);
-  return Simd::either(Simd::both(low, Simd::set8(3)), Simd::both(high, Simd::set8(kLoose ? ~3 : 4)));
+  return Simd::either(field<2>(Simd::load(line), place), Simd::both(high, Simd::set8(kLoose ? ~3 : 4)));
 }
 
-// Whether a vector of floats holds the value of every code.
+// Whether a vector of floats holds the value of every code, and is the way to look it up.
 template <int kBits>
-constexpr bool kFits = (1 << kBits) <= Simd::kFloats;
+constexpr bool kFits = (1 << kBits) <= Simd::kTable;
 
 // A vector of numbers of type X, and how many of them a vector of codes stands for.
 template <class X>
@@ -81,7 +93,7 @@ constexpr int kVectors = sizeof(X);
 // 16 * lane + 4 * q + (0 to 3) where values are made in lanes.
 template <class X>
 JAXQ_VECTORIZED void order(const X* x, int64_t tokens, int64_t inputs, int64_t padded, int bits, X* out) {
-  const bool lanes = 1 << bits > Simd::kFloats;
+  const bool lanes = 1 << bits > Simd::kTable;
   constexpr int kEach = Simd::kBytes / kVectors<X>;
   for (int64_t token = 0; token < tokens; ++token) {
     const X* from = x + token * inputs;
@@ -156,6 +168,28 @@ struct BytePlanes {
                  Simd::as_float(Simd::low16(lower_high, upper_high)), Simd::as_float(Simd::high16(lower_high, upper_high))}};
   }
 };
+
+#if defined(JAXQ_NEON)
+// Halves are widened by one instruction, and then have only two bytes to look up.
+template <>
+struct BytePlanes<Half> {
+  V upper, lower;
+
+  explicit BytePlanes(const Half* values, int entries) {
+    uint8_t bytes[2][16];
+    for (int i = 0; i < 16; ++i) {
+      const uint16_t word = values[i & (entries - 1)].bits;
+      bytes[0][i] = static_cast<uint8_t>(word >> 8), bytes[1][i] = static_cast<uint8_t>(word);
+    }
+    upper = Simd::load(bytes[0]), lower = Simd::load(bytes[1]);
+  }
+  Four operator()(V codes) const {
+    const V b1 = Simd::pick(upper, codes), b0 = Simd::pick(lower, codes);
+    const V low = Simd::low8(b0, b1), high = Simd::high8(b0, b1);
+    return Four{{Simd::low_halves(low), Simd::high_halves(low), Simd::low_halves(high), Simd::high_halves(high)}};
+  }
+};
+#endif
 
 // Where a row's groups begin. What lies beyond the last group stays in it.
 struct Groups {
