@@ -465,6 +465,9 @@ def test_every_command_has_help_with_examples(command):
 def test_help_and_version():
     assert "quantize" in run("--help").stdout == run().stdout
     assert re.fullmatch(r"jaxq \d+\.\d+\.\d+\S*\n", run("--version").stdout)
+    command = [sys.executable, "-m", "jaxq", "--version"]
+    module = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert module.stdout == run("--version").stdout
 
 
 def test_the_command_line_itself_imports_nothing_heavy():

@@ -92,7 +92,7 @@ def _read(path: Path | None) -> Table:
             for entries in kinds.values():
                 for entry in entries:
                     if not all(_sound(name, value) for name, value in entry.items()):
-                        raise ValueError(f"{entry} holds what is not a positive number")
+                        raise ValueError(f"{entry} holds what is neither a positive number nor a hint")
                     if not set(SHAPE) <= set(entry):
                         raise ValueError(f"{entry} names no shape")
         return table

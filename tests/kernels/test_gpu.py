@@ -125,6 +125,8 @@ def test_settings_change_no_value():
         Settings(2, 32, 1, 4),
         Settings(2, 32, 1, stages=2),
         Settings(2, 32, 1, 2, stages=2),
+        Settings(2, 32, 1, cache="both"),
+        Settings(2, 32, 1, cache="any"),
     )
     prepared, x = jaxq.prepare(array, "gpu"), jnp.asarray(normal(1, 780), jnp.float16)
     for settings in several:
@@ -340,6 +342,10 @@ def test_tuned_settings(tmp_path, monkeypatch):
     (tmp_path / "tuning.json").write_text(json.dumps({"chip": {"uniform 4": [{"n": 1}]}}))
     tuning._read.cache_clear()
     with pytest.warns(UserWarning, match="names no shape"):
+        assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == small
+    (tmp_path / "tuning.json").write_text(json.dumps({"chip": {"uniform 4": [{"n": 1, "cache": 2}]}}))
+    tuning._read.cache_clear()
+    with pytest.warns(UserWarning, match="'cache': 2"):
         assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == small
 
 
