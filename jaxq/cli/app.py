@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typer.core import TyperGroup
 
 from jaxq.cli import commands
 from jaxq.cli.bench import bench
-from jaxq.cli.console import complain, remember_interrupts
+from jaxq.cli.console import Remarks, complain, remember_interrupts
 from jaxq.cli.importing import import_model
 from jaxq.cli.quantize import quantize
 from jaxq.errors import JaxqError
@@ -147,4 +148,9 @@ def main() -> None:
     # transformers only reads tokenizers here, and would say at each start that it misses PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     remember_interrupts()
+    log = logging.getLogger("jaxq")
+    log.setLevel(logging.INFO)
+    log.addHandler(Remarks())
+    # Libraries that it uses may write everything to stderr a second time.
+    log.propagate = False
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -58,6 +59,13 @@ def complain(message: str) -> None:
 def remark(message: str) -> None:
     """Print a line on stderr that is no error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False, style="dim")
+
+
+class Remarks(logging.Handler):
+    """Remarks what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(record.getMessage())
 
 
 def table(title: str, columns: list[tuple[str, str]], rows: list[list[str]]) -> Table:

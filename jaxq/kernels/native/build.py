@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -132,6 +133,7 @@ def library() -> Path:
             if path.stem == f"{name}-{_checksum(path)}":
                 return path
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        logging.getLogger(__name__).info("compiling native kernels with %s, once: about a minute", command[0])
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
             made = _compile(command, Path(scratch))
             return made.replace(folder / f"{name}-{_checksum(made)}.so")
