@@ -212,9 +212,7 @@ def search(
     some = candidates(prepared, tokens) if some is None else some
     in_size, _ = array.matrix_shape
     x = jax.random.normal(jax.random.key(tokens), (tokens, in_size), jnp.float16)
-    operands = [(x, copy) for copy in copies(prepared)]
-
-    expected = exactly(x, array)
+    operands, expected = [(x, copy) for copy in copies(prepared)], exactly(x, array)
 
     def build(settings: Any) -> Any:
         run = jax.jit(lambda x, q: q.kernel.product(x, q, exact=exact, settings=settings))
@@ -248,7 +246,7 @@ def search(
     found = sorted(timed(some), key=seconds)
     if dispatch.kernel_for(tokens, prepared.parts[0], exact) is dispatch.rows:
         best = [one.settings for one in found[:HINTED]]
-        found += timed([dataclasses.replace(one, cache=hint) for one in best for hint in ("any", "both")])
+        found += timed([dataclasses.replace(one, cache=hint) for one in best for hint in tuning.HINTS[1:]])
     return sorted(found, key=seconds)
 
 

@@ -34,7 +34,7 @@ def prepared(params: Any, use: bool) -> tuple[Any, dict[str, Any]]:
     if not use or not count or not known:
         return params, {"products": "xla"}
     if target == "cpu":
-        with console.doing("native kernels"):
+        with console.doing("loading native kernels"):
             why_not = native.reason()
         if why_not:
             console.remark(f"products in XLA: {why_not}")

@@ -24,7 +24,10 @@ NEAR = 6.0
 
 SHAPE = ("n", "k", "m", "group")
 
-Table = dict[str, dict[str, list[dict[str, int]]]]
+#: What the setting "cache" may be, the default first; see `gpu.weights.Settings`.
+HINTS = ("words", "any", "both")
+
+Table = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def own() -> Path | None:
@@ -102,4 +105,4 @@ def _read(path: Path | None) -> Table:
 
 
 def _sound(name: str, value: Any) -> bool:
-    return isinstance(value, str) if name == "cache" else type(value) is int and value > 0
+    return value in HINTS if name == "cache" else type(value) is int and value > 0

@@ -343,9 +343,9 @@ def test_tuned_settings(tmp_path, monkeypatch):
     tuning._read.cache_clear()
     with pytest.warns(UserWarning, match="names no shape"):
         assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == small
-    (tmp_path / "tuning.json").write_text(json.dumps({"chip": {"uniform 4": [{"n": 1, "cache": 2}]}}))
+    (tmp_path / "tuning.json").write_text(json.dumps({"chip": {"uniform 4": [{"n": 1, "cache": "word"}]}}))
     tuning._read.cache_clear()
-    with pytest.warns(UserWarning, match="'cache': 2"):
+    with pytest.warns(UserWarning, match="'cache': 'word'"):
         assert tuning.find("chip", "uniform", 4, 4096, 4096, 1, 64) == small
 
 

@@ -119,9 +119,9 @@ def _run(command: list[str]) -> str:
 def library() -> Path:
     """The path of the compiled library, built now if the cache lacks a sound one; BuildError if it cannot be.
 
-    Takes some eighty seconds of one core once for each version of the sources, the compiler and jaxlib. Processes
-    that build at the same time do not disturb each other: each builds aside and the last rename stands. The name
-    holds a checksum, so that a damaged file is not loaded, which could end the process.
+    Takes some eighty seconds of one core once for each version of the sources, the compiler and jaxlib, and logs
+    that it does. Processes that build at the same time do not disturb each other: each builds aside and the last
+    rename stands. The name holds a checksum, so that a damaged file is not loaded, which could end the process.
     """
     if platform.system() == "Windows" or family() not in SETS:
         raise BuildError(f"there are no native kernels for {platform.system()} on {platform.machine()}")
