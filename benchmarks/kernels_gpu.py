@@ -21,6 +21,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ CASES = (
     Case(Uniform(4, 64), SQUARE),
     Case(BitPlane(4, 128), SQUARE),
     Case(BitPlane(3, 64), SQUARE),
+    Case(Codebook(4, group_size=128), SQUARE),
+    Case(Codebook(3, group_size=128), SQUARE),
+    Case(Codebook(2, group_size=64), SQUARE),
+    Case(Codebook(3, group_size=128), LARGE),
+    Case(Codebook(2, group_size=64), LARGE),
+    Case(Codebook(4, group_size=128), SQUARE, 16),
     *(Case(U, SQUARE, m) for m in (16, 64, 256, 2048)),
     Case(H, SQUARE, 16),
     Case(BitPlane(2, 128), SQUARE, 16),
@@ -218,37 +225,75 @@ def tune(cases: tuple[Case, ...], results: Results, table: Path, until: float) -
 
 
 def peers(results: Results) -> None:
-    """The int4 product of torch, groups of 128, where torch sees the GPU; its outputs are not checked."""
+    """torch's int4 product and bitsandbytes' NF4, where these see the GPU; their outputs are not checked."""
     try:
         import torch
-        from torch.profiler import ProfilerActivity, profile
     except ImportError:
         print("torch is not installed: no peers")
         return
     if not torch.cuda.is_available():
         print("torch sees no GPU: no peers")
         return
+    sizes, batches = (SMALL[0], SQUARE[0]), (1, 16, 64)
     # Only one of jax and torch can ask the driver for times: jax first.
-    dense = {(n, m): 1e6 * dense_seconds((n, n), m) for n in (SMALL[0], SQUARE[0]) for m in (1, 16, 64)}
-    aten, calls = torch.ops.aten, 40
-    for n in (SMALL[0], SQUARE[0]):
-        codes = torch.randint(0, 255, (n, n // 2), dtype=torch.uint8, device="cuda")
-        scales = torch.randn(n // 128, n, 2, dtype=torch.bfloat16, device="cuda")
-        count = max(3, math.ceil(ROTATED / codes.numel()))
-        weights = [aten._convert_weight_to_int4pack(codes, 8) for _ in range(count)]
-        for m in (1, 16, 64):
-            x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
-            aten._weight_int4pack_mm(x, weights[0], 128, scales)
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                for call in range(calls):
-                    aten._weight_int4pack_mm(x, weights[call % count], 128, scales)
-                torch.cuda.synchronize()
-            times = [
-                event.device_time for event in seen.events() if event.device_time and "Memset" not in event.name
-            ]
-            middle = float(np.median(times))
-            ratio = dense[n, m] / middle
-            results.add({"peer": "torch int4 g128", "k": n, "n": n, "m": m, "us": middle, "times_dense": ratio})
+    dense = {(n, m): 1e6 * dense_seconds((n, n), m) for n in sizes for m in batches}
+    for name, make in (("torch int4 g128", torch_int4), ("bitsandbytes NF4 g64", bitsandbytes_nf4)):
+        for n in sizes:
+            try:
+                product, weights = make(n)
+            except ImportError as reason:
+                print(f"no {name}: {reason}")
+                break
+            for m in batches:
+                x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
+                us = torch_micros(lambda call: product(x, weights[call % len(weights)]))  # noqa: B023
+                row = {"peer": name, "k": n, "n": n, "m": m, "us": us, "times_dense": dense[n, m] / us}
+                results.add(row)
+
+
+def torch_int4(n: int) -> tuple[Callable[[Any, Any], Any], list[Any]]:
+    """(product, copies of a weight of n x n)."""
+    import torch
+
+    codes = torch.randint(0, 255, (n, n // 2), dtype=torch.uint8, device="cuda")
+    scales = torch.randn(n // 128, n, 2, dtype=torch.bfloat16, device="cuda")
+    weights = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(torch_copies(n))]
+    return lambda x, w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales), weights
+
+
+def bitsandbytes_nf4(n: int) -> tuple[Callable[[Any, Any], Any], list[Any]]:
+    """(product, copies of a weight of n x n)."""
+    import bitsandbytes
+    import torch
+
+    weight = torch.randn(n, n, dtype=torch.bfloat16, device="cuda")
+    some = [
+        bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        for _ in range(torch_copies(n))
+    ]
+    return lambda x, w: bitsandbytes.matmul_4bit(x, w[0].t(), quant_state=w[1]), some
+
+
+def torch_copies(n: int) -> int:
+    """As many weights of n x n in 4 bits as no cache holds together."""
+    return max(3, math.ceil(ROTATED / (n * n // 2)))
+
+
+def torch_micros(run: Callable[[int], Any], calls: int = 40) -> float:
+    """Microseconds on the device of all kernels of a call, by the median of each."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    run(0)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for call in range(calls):
+            run(call)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_time and "Memset" not in event.name:
+            times.setdefault(event.name, []).append(event.device_time)
+    return sum(float(np.median(some)) * round(len(some) / calls) for some in times.values())
 
 
 def main() -> None:

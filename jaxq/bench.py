@@ -58,9 +58,9 @@ def random_array(format: Any, in_size: int, out_size: int, seed: int = 0) -> Qua
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
-    if isinstance(format, Codebook):
-        return codebook.assemble(codes, normal(format.entries, out_size), format)
     groups = -(-in_size // format.rows_per_group(in_size))
+    if isinstance(format, Codebook):
+        return codebook.assemble(codes, normal(groups * format.entries, out_size), format)
     if isinstance(format, BitPlane):
         return bitplane.assemble(codes, normal(format.bits, groups, out_size), normal(groups, out_size), format)
     zero = jnp.asarray(rng.integers(0, 2**format.bits, (groups, out_size)))

@@ -19,15 +19,10 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt32
 from jaxq.errors import JaxqError
 from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
+from jaxq.formats.groups import check_size, join_groups, rows_per_group, slice_groups, split_groups, tile_unit
 from jaxq.formats.packing import capacity_of, pack, slice_words, strided_bits, unpack, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
-from jaxq.formats.uniform import (
-    SCALE_DTYPES,
-    join_groups,
-    slice_groups,
-    split_groups,
-    tile_unit,
-)
+from jaxq.formats.uniform import SCALE_DTYPES
 from jaxq.kernels import bitplane as kernel
 
 
@@ -52,8 +47,7 @@ class BitPlane(Format):
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise JaxqError(f"there are 1 to 8 bit planes, not {self.bits!r}")
-        if not (self.group_size is None or (type(self.group_size) is int and self.group_size >= 1)):
-            raise JaxqError(f"group size {self.group_size!r} is not a positive number or None")
+        check_size(self.group_size)
         if self.scale_dtype not in SCALE_DTYPES:
             raise JaxqError(f"scales are stored in {', '.join(SCALE_DTYPES)}, not {self.scale_dtype!r}")
 
@@ -67,12 +61,7 @@ class BitPlane(Format):
 
     def rows_per_group(self, in_size: int) -> int:
         """Inputs that share scales; JaxqError if a group is larger than the width."""
-        if self.group_size is None:
-            return in_size
-        if self.group_size > in_size:
-            raise JaxqError(f"group size {self.group_size} is larger than the input width {in_size}; "
-                            "use group_size=None or a smaller one")  # fmt: skip
-        return self.group_size
+        return rows_per_group(self.group_size, in_size)
 
     def abstract(
         self, shape: Sequence[int], dtype: Any = jnp.float32, layout: Layout | None = None

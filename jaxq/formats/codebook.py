@@ -1,4 +1,4 @@
-"""Look-up tables: each output channel owns 2^bits values, and a code says which of them a weight is.
+"""Look-up tables: 2^bits values for each output channel or group of its inputs; a code says which a weight is.
 
 The storage of SqueezeLLM (Kim et al. 2024, arXiv 2306.07629) and of the methods that start from it.
 """
@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt32
 from jaxq.errors import JaxqError
 from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, strided_bits, unpack, whole_words, words_for
+from jaxq.formats.groups import check_size, join_groups, rows_per_group, split_groups, tile_unit
+from jaxq.formats.packing import capacity_of, pack, slice_words, strided_bits, unpack, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.rounding import round_to
 from jaxq.kernels import codebook as kernel
@@ -28,31 +29,40 @@ TABLE_DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Codebook(Format):
-    """A table of `2**bits` free values for each output channel; codes are packed densely.
+    """A table of `2**bits` free values for each group of inputs of an output channel; codes are packed densely.
+
+    The last group may be shorter than the others.
 
     Args:
         bits: 1 to 8.
         table_dtype: "float16", "bfloat16" or "float32".
+        group_size: consecutive inputs that share a table; None for one table a channel.
     """
 
     name: ClassVar[str] = "codebook"
 
     bits: int = 4
     table_dtype: str = "float16"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise JaxqError(f"a codebook has 1 to 8 bits, not {self.bits!r}")
+        check_size(self.group_size)
         if self.table_dtype not in TABLE_DTYPES:
             raise JaxqError(f"tables are stored in {', '.join(TABLE_DTYPES)}, not {self.table_dtype!r}")
 
     def __str__(self) -> str:
-        return f"codebook {self.bits}-bit"
+        return f"codebook {self.bits}-bit{'' if self.group_size is None else f' g{self.group_size}'}"
 
     @property
     def entries(self) -> int:
         """Values in a table, `2**bits`."""
         return 2**self.bits
+
+    def rows_per_group(self, in_size: int) -> int:
+        """Inputs that share a table; JaxqError if a group is larger than the width."""
+        return rows_per_group(self.group_size, in_size)
 
     def abstract(
         self, shape: Sequence[int], dtype: Any = jnp.float32, layout: Layout | None = None
@@ -60,7 +70,8 @@ class Codebook(Format):
         *batch, in_size, out_size = shape
         words = words_for(in_size, self.bits)
         codes: Any = jax.ShapeDtypeStruct((*batch, words, out_size), jnp.uint32)
-        table: Any = jax.ShapeDtypeStruct((*batch, self.entries, out_size), jnp.dtype(self.table_dtype))
+        groups = -(-in_size // self.rows_per_group(in_size))
+        table: Any = jax.ShapeDtypeStruct((*batch, groups * self.entries, out_size), jnp.dtype(self.table_dtype))
         return CodebookArray(
             codes=codes,
             table=table,
@@ -76,12 +87,13 @@ class Codebook(Format):
 class CodebookArray(QuantizedArray):
     """A tensor of codes into tables.
 
-    `codes` (batch..., words, out) is packed along in; `table` (batch..., entries, out) is a differentiable
-    leaf. `pad` is the room left in the last word, so that in = room - pad.
+    `codes` (batch..., words, out) is packed along in; `table` (batch..., groups * entries, out), the entries of
+    one group after those of another, is a differentiable leaf. `pad` is the room left in the last word, so that
+    in = room - pad.
     """
 
     codes: UInt32[Array, "*batch words out"]
-    table: Float[Array, "*batch entries out"]
+    table: Float[Array, "*batch tables out"]
     format: Codebook = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype_name: str = dataclasses.field(metadata={"static": True})
@@ -99,26 +111,31 @@ class CodebookArray(QuantizedArray):
     def matrix(self, dtype: Any = None) -> Float[Array, "*batch in out"]:
         in_size, _ = self.matrix_shape
         codes = unpack(self.codes, self.format.bits, in_size)
-        return lookup(codes, self.table).astype(dtype or self.dtype)
+        return values_of(codes, self.table, self.format).astype(dtype or self.dtype)
 
     def matmul(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         return kernel.matmul(jnp.asarray(x), self)
 
     @property
     def tile_unit(self) -> int:
-        """Inputs that can be decoded apart from the others."""
-        return whole_words(self.format.bits)
+        """Inputs that can be decoded apart from the others: whole words, and whole groups or parts of one."""
+        return tile_unit(self.format.rows_per_group(self.matrix_shape[0]), self.matrix_shape[0], self.format.bits)
 
     def tile(self, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "rows columns"]:
         """That part of the dense matrix in float32; `row` is a multiple of `tile_unit`. For one matrix."""
+        in_size, _ = self.matrix_shape
         words = slice_words(self.codes, self.format.bits, row, rows, column, columns)
         table = jax.lax.dynamic_slice_in_dim(self.table, column, columns, axis=1)
-        return lookup(unpack(words, self.format.bits, rows), table)
+        size = self.format.rows_per_group(in_size)
+        if size < in_size:
+            first, some = row // size * self.format.entries, -(-rows // size) * self.format.entries
+            table = jax.lax.dynamic_slice_in_dim(table, first, some, axis=0)
+        return _values(unpack(words, self.format.bits, rows), table, self.format.entries, min(size, rows))
 
     def has_blocks(self, parts: int) -> bool:
         """Whether `block_sums` takes blocks of so many parts."""
-        del parts  # Each weight takes a selection for all entries but one, which must be few.
-        return self.format.bits <= 4
+        del parts  # Each weight takes a selection for all entries but one: of few, which all blocks share.
+        return self.format.bits <= 4 and self.table.shape[-2] == self.format.entries
 
     def block_sums(self, x: Float[Array, "blocks part"], part: jax.Array | int) -> Float[Array, "blocks 1 out"]:
         """What one part of each block of inputs (`formats.blocks`) adds to a product. For one matrix."""
@@ -133,23 +150,47 @@ class CodebookArray(QuantizedArray):
         ids = jnp.asarray(ids)
         flat = ids.reshape(-1)
         codes = unpack(self.codes[:, flat], self.format.bits, in_size)
-        values = lookup(codes, self.table[:, flat])
+        values = values_of(codes, self.table[:, flat], self.format)
         return values.T.astype(self.dtype).reshape((*ids.shape, in_size))
 
     def partition_specs(self, spec: PartitionSpec, mesh: Any = None) -> CodebookArray:
         batch, rows, columns = canonical_spec(self, spec)
         in_size, _ = self.matrix_shape
+        group_rows = None
         if rows is not None:
-            check_divides(
-                in_size * self.format.bits,
-                32 * shard_count(rows, mesh),
-                "codes would be cut inside a packed word",
-            )
+            shards = shard_count(rows, mesh)
+            check_divides(in_size * self.format.bits, 32 * shards, "codes would be cut inside a packed word")
+            if self.format.group_size is not None:
+                check_divides(in_size, self.format.group_size * shards, "a group would be cut")
+                group_rows = rows
         return dataclasses.replace(
             self,
             codes=PartitionSpec(*batch, rows, columns),
-            table=PartitionSpec(*batch, None, columns),
+            table=PartitionSpec(*batch, group_rows, columns),
         )
+
+
+def values_of(
+    codes: Integer[Array, "*batch in out"], table: Float[Array, "*batch tables out"], format: Codebook
+) -> Float[Array, "*batch in out"]:
+    """The values of codes by the tables of their groups, float32."""
+    return _values(codes, table, format.entries, format.rows_per_group(codes.shape[-2]))
+
+
+def _values(codes: Array, table: Array, entries: int, size: int) -> Float[Array, "*batch in out"]:
+    if table.shape[-2] == entries:
+        return lookup(codes, table)
+    return join_groups(lookup(split_groups(codes, size), by_groups(table, entries)), codes.shape[-2])
+
+
+def by_groups(table: Float[Array, "*batch tables out"], entries: int) -> Float[Array, "*batch groups entries out"]:
+    """The tables of a CodebookArray, each by itself."""
+    return table.reshape((*table.shape[:-2], -1, entries, table.shape[-1]))
+
+
+def joined(table: Float[Array, "*batch groups entries out"]) -> Float[Array, "*batch tables out"]:
+    """Undoes `by_groups`."""
+    return table.reshape((*table.shape[:-3], -1, table.shape[-1]))
 
 
 def store(table: Float[Array, "*batch entries out"], format: Codebook) -> Float[Array, "*batch entries out"]:
@@ -238,7 +279,7 @@ def _assemble(codes: Array, table: Array, format: Codebook, layout: Layout, dtyp
 
 def assemble(
     codes: UInt8[Array, "*batch in out"],
-    table: Float[Array, "*batch entries out"],
+    table: Float[Array, "*batch tables out"],
     format: Codebook,
     layout: Layout | None = None,
     dtype: Any = jnp.float32,

@@ -124,7 +124,8 @@ class PreparedArray(QuantizedArray):
             codes, scale, zero = self._restored()
             values = uniform.values_of(codes, scale, zero, self.format)
         elif isinstance(self.format, Codebook):
-            values = codebook.lookup(*self._restored())
+            codes, table = self._restored()
+            values = codebook.values_of(codes, table, self.format)
         elif self.kernel.CODES:
             codes, scale, offset = self._restored()
             values = bitplane.values_of(codes, scale, offset, self.format)

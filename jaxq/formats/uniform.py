@@ -7,7 +7,6 @@ consecutive inputs of a channel. The last group may be shorter than the others.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +19,8 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt32
 from jaxq.errors import JaxqError
 from jaxq.formats import blocks
 from jaxq.formats.base import Format, Layout, QuantizedArray, quantized_pytree
-from jaxq.formats.packing import capacity_of, pack, slice_words, strided, unpack, whole_words, words_for
+from jaxq.formats.groups import join_groups, rows_per_group, slice_groups, split_groups, tile_unit
+from jaxq.formats.packing import capacity_of, pack, slice_words, strided, unpack, words_for
 from jaxq.formats.placement import canonical_spec, check_divides, shard_count
 from jaxq.formats.rounding import spacing
 from jaxq.kernels import uniform as kernel
@@ -82,10 +82,7 @@ class Uniform(Format):
         """Inputs that share a scale; JaxqError if a group is larger than the width."""
         if not isinstance(self.group_size, int):
             return in_size
-        if self.group_size > in_size:
-            raise JaxqError(f"group size {self.group_size} is larger than the input width {in_size}; "
-                            "use group_size=None or a smaller one")  # fmt: skip
-        return self.group_size
+        return rows_per_group(self.group_size, in_size)
 
     def abstract(
         self, shape: Sequence[int], dtype: Any = jnp.float32, layout: Layout | None = None
@@ -224,46 +221,6 @@ class UniformArray(QuantizedArray):
             scale=PartitionSpec(*batch, group_rows, channels),
             zero=None if self.zero is None else PartitionSpec(*batch, group_rows, channels),
         )
-
-
-def split_groups(x: Array, size: int) -> Array:
-    """`(..., in, out)` to `(..., groups, size, out)`; a short last group is filled with zeros."""
-    *batch, in_size, out_size = x.shape
-    groups = -(-in_size // size)
-    if missing := groups * size - in_size:
-        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
-    return x.reshape((*batch, groups, size, out_size))
-
-
-def join_groups(x: Array, in_size: int) -> Array:
-    """Undoes `split_groups`."""
-    *batch, groups, size, out_size = x.shape
-    return x.reshape((*batch, groups * size, out_size))[..., :in_size, :]
-
-
-def tile_unit(size: int, in_size: int, bits: int) -> int:
-    """Inputs that end with a whole word, and with a group of `size` or inside one that such tiles fill evenly.
-
-    0 if there is no such number below the width.
-    """
-    word = whole_words(bits)
-    if size >= in_size:
-        return word
-    unit = math.lcm(size, word)
-    # A part of a group, if twice that again and again makes the group: tiles are powers of two of the unit.
-    while unit == size and unit % 2 == 0 and (unit // 2) % word == 0:
-        unit = size = unit // 2
-    return unit if unit <= in_size else 0
-
-
-def slice_groups(
-    x: Float[Array, "*batch groups out"], size: int, in_size: int, row: Any, rows: int, column: Any, columns: int
-) -> Float[Array, "*batch some columns"]:
-    """What belongs to the groups of `size` that inputs `row` to `row + rows` of some columns lie in."""
-    x = jax.lax.dynamic_slice_in_dim(x, column, columns, axis=x.ndim - 1)
-    if size >= in_size:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, row // size, -(-rows // size), axis=x.ndim - 2)
 
 
 def round_up(scale: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:

@@ -109,14 +109,16 @@ def to_tensors(array: QuantizedArray) -> dict[str, np.ndarray]:
     """The tensors of the canonical (in, out) matrix, as `from_tensors` reads them; S without full rows.
 
     Raises:
-      JaxqError: the array is no codebook of 2 to 4 bits (with or without an overlay), has batch axes, or its
-        inputs do not come in 32s, for which the layout has no place.
+      JaxqError: the array is no codebook of 2 to 4 bits (with or without an overlay), has tables of groups or
+        batch axes, or its inputs do not come in 32s, for which the layout has no place.
     """
     base = array.base if isinstance(array, DenseSparseArray) else array
     if not isinstance(base, CodebookArray) or base.format.bits not in BITS:
         raise JaxqError(f"the layout holds codebooks of 2 to 4 bits, not {array.format}")
     if array.batch_shape:
         raise JaxqError("the layout holds one matrix: index the batch axes away first")
+    if len(base.table) != base.format.entries:
+        raise JaxqError(f"the layout holds a table for each output, not for groups of {base.format.group_size}")
     in_size, _ = array.matrix_shape
     if in_size % WORD:
         raise JaxqError(f"the layout holds inputs by 32s: {in_size} do not fit")

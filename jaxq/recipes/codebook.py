@@ -1,4 +1,4 @@
-"""Recipes with a look-up table for each output channel."""
+"""Recipes with a look-up table for each output channel, or each group of its inputs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ SENSITIVE = 0.0005
 STREAMS = {"quantized": "stream_guided", "float": "guided"}
 
 
-def kmeans(bits: int = 4, method: str = "auto", table_dtype: str = "float16", pattern: str = BLOCKS) -> Recipe:
-    """Codebooks by plain k-means: no data, the base line of SqueezeLLM."""
-    rule = Rule(pattern, "kmeans", Codebook(bits, table_dtype), {"method": method}, {"importance": "none"})
-    return Recipe("kmeans", (rule,))
+def kmeans(
+    bits: int = 4,
+    group_size: int | None = None,
+    method: str = "auto",
+    table_dtype: str = "float16",
+    pattern: str = BLOCKS,
+) -> Recipe:
+    """Codebooks by plain k-means: no data, the base line of SqueezeLLM.
+
+    group_size: consecutive inputs that share a table; a whole channel when left out.
+    """
+    format = Codebook(bits, table_dtype, group_size)
+    return Recipe("kmeans", (Rule(pattern, "kmeans", format, {"method": method}, {"importance": "none"}),))
 
 
 def squeezellm(
     bits: int = 3,
     sparsity: float = 0.0,
     sensitive: float | None = None,
+    group_size: int | None = None,
     method: str = "auto",
     table_dtype: str = "float16",
     pattern: str = BLOCKS,
@@ -33,9 +43,10 @@ def squeezellm(
     """SqueezeLLM: codebooks weighted by the Fisher information, and a sparse part (Kim et al. 2024).
 
     sparsity: fraction of the weights kept exactly, in all; the paper's is 0.0045. sensitive: the part of it that
-    is chosen by sensitivity, the rest being the largest; 0.0005 when left out. method: "exact", "lloyd" or "auto".
+    is chosen by sensitivity, the rest being the largest; 0.0005 when left out. group_size: consecutive inputs that
+    share a table; a whole channel, as in the paper, when left out. method: "exact", "lloyd" or "auto".
     """
-    format, options = _split(Codebook(bits, table_dtype), sparsity, sensitive)
+    format, options = _split(Codebook(bits, table_dtype, group_size), sparsity, sensitive)
     return Recipe("squeezellm", (Rule(pattern, "kmeans", format, {"method": method, **options}),))
 
 

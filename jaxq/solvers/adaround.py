@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxq.formats.base import Layout
-from jaxq.formats.uniform import Uniform, UniformArray, assemble, join_groups, split_groups
+from jaxq.formats.groups import join_groups, split_groups
+from jaxq.formats.uniform import Uniform, UniformArray, assemble
 
 #: The gate is a sigmoid stretched to (LOW, HIGH) and clamped to [0, 1], so that 0 and 1 are reached.
 LOW, HIGH = -0.1, 1.1

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout, QuantizedArray
-from jaxq.formats.uniform import Uniform, UniformArray, assemble, split_groups
+from jaxq.formats.groups import split_groups
+from jaxq.formats.uniform import Uniform, UniformArray, assemble
 from jaxq.solvers.common import RANGES, Jitted, all_finite, canonical, check, check_weights
 from jaxq.solvers.factor import completions, factorize, normalize
 from jaxq.solvers.schedule import Schedule, plan

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, UInt8
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
 from jaxq.formats.bitplane import BitPlane, BitPlaneArray, assemble
+from jaxq.formats.groups import join_groups, split_groups
 from jaxq.formats.rounding import round_to
-from jaxq.formats.uniform import join_groups, split_groups
 from jaxq.solvers.common import all_finite, check, matrices
 
 #: Part of the Gram matrix's diagonal that is added to it. Directions in which a group says nothing stay where they

@@ -1,4 +1,7 @@
-"""Weighted k-means for each output channel: the dense part of SqueezeLLM (Kim et al. 2024, arXiv 2306.07629)."""
+"""Weighted k-means for each output channel or group of its inputs.
+
+The dense part of SqueezeLLM (Kim et al. 2024, arXiv 2306.07629).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxq.errors import JaxqError
 from jaxq.formats.base import Layout
-from jaxq.formats.codebook import Codebook, CodebookArray, assemble, lookup, nearest, representable, store
+from jaxq.formats.codebook import Codebook, CodebookArray, assemble, joined, lookup, nearest, representable, store
+from jaxq.formats.groups import join_groups, split_groups
 from jaxq.kernels import native
 from jaxq.solvers.common import all_finite, check, matrices
 from jaxq.solvers.lloyd import Channels, better, iterate, lloyd
@@ -53,13 +57,14 @@ def kmeans(
 ) -> CodebookArray:
     """Each channel gets the table of least importance-weighted squared error, each weight its nearest entry.
 
-    Minimises sum_i f_i (w_i - table[code_i])^2 for each output channel on its own.
+    Minimises sum_i f_i (w_i - table[code_i])^2 for each output channel on its own; where the format has groups,
+    for each of its groups: what is said of channels below is true of these then.
 
     Args:
         w: `(in, out)` or `(batch..., in, out)`, any float dtype; of logical shape if `layout` is given.
         importance: shaped like `w`, or like its canonical matrix; not negative; any scale, which may differ
             between channels. None counts all weights alike.
-        format: bits and the dtype of the tables.
+        format: bits, the dtype of the tables, and the group size.
         method: "exact" finds the optimum by dynamic programming, O(entries in^1.5) for a channel, and O(entries
             in log in) on CPUs with a C++ compiler; "lloyd" runs 50 iterations from two starts, O(entries in);
             "auto" takes "exact" where an estimate of its time for this matrix on this backend stays within
@@ -89,6 +94,7 @@ def kmeans_solve(
     if method not in METHODS:
         raise JaxqError(f"unknown k-means method {method!r}; use one of {', '.join(map(repr, METHODS))}")
     matrix = matrices(w, layout)
+    format.rows_per_group(matrix.shape[-2])
     if importance is not None:
         importance = _fitting(jnp.asarray(importance), w, matrix, layout)
     if frozen is not None:
@@ -202,33 +208,49 @@ def _solve(
 ) -> tuple[CodebookArray, Array, Array, Array, Array]:
     f = jnp.ones(w.shape, jnp.float32) if importance is None else importance.astype(jnp.float32)
     sound = (jnp.isfinite(f) & (f >= 0)).all(axis=(-2, -1))
-    f = _counted(f, None if frozen is None else ~frozen)
-    fit = functools.partial(fit_tables, entries=format.entries, method=method)
+    in_size, size = w.shape[-2], format.rows_per_group(w.shape[-2])
+    live = jnp.ones((in_size, 1), bool) if frozen is None else ~frozen
+    groups = split_groups(w, size)
+    # What fills up the last group is not live.
+    counted = _counted(split_groups(f, size), split_groups(live, size))
+    fit = functools.partial(_fit_groups, entries=format.entries, method=method)
     if w.ndim == 2:
-        table = fit(w, f)
+        table = fit(groups, counted)
     else:
-        flat = w.reshape(-1, *w.shape[-2:]), f.reshape(-1, *f.shape[-2:])
-        table = jax.lax.map(lambda pair: fit(*pair), flat).reshape(*w.shape[:-2], format.entries, w.shape[-1])
+        flat = (x.reshape(-1, *x.shape[-3:]) for x in (groups, counted))
+        table = jax.lax.map(lambda pair: fit(*pair), tuple(flat))
+        table = table.reshape(*w.shape[:-2], *table.shape[1:])
     table = store(table, format)
-    codes = nearest(w, table)
-    values = w.astype(jnp.float32)
-    error = _relative_error(values, lookup(codes, table), f)
+    codes = nearest(groups, table)
+    found = join_groups(lookup(codes, table), in_size)
+    error = _relative_error(w.astype(jnp.float32), found, _counted(f, live))
     return (
-        assemble(codes, table, format, layout, w.dtype),
+        assemble(join_groups(codes, in_size), joined(table), format, layout, w.dtype),
         error,
         all_finite(w),
         sound,
-        representable(table, format),
+        representable(joined(table), format),
     )
 
 
-def _counted(f: Array, live: Bool[Array, "*batch in out"] | None) -> Array:
-    """Importance, 0 at frozen places; ones instead at the live places of a channel that has none."""
-    if live is not None:
-        f = jnp.where(live, f, 0.0)
+def _fit_groups(
+    w: Float[Array, "groups size out"], importance: Float[Array, "groups size out"], entries: int, method: str
+) -> Float[Array, "groups entries out"]:
+    """`fit_tables` of all groups at a time, each a column."""
+    count, size, out = w.shape
+
+    def columns(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(size, count * out)
+
+    table = fit_tables(columns(w), columns(importance), entries, method)
+    return jnp.moveaxis(table.reshape(entries, count, out), 1, 0)
+
+
+def _counted(f: Array, live: Bool[Array, "*#batch in #out"]) -> Array:
+    """Importance, 0 at places that are not live; ones instead at the live places of a channel that has none."""
+    f = jnp.where(live, f, 0.0)
     top = jnp.max(f, axis=-2, keepdims=True)
-    ones = jnp.ones_like(f) if live is None else live.astype(jnp.float32)
-    return jnp.where(top > 0, f, ones)
+    return jnp.where(top > 0, f, live.astype(jnp.float32))
 
 
 def _relative_error(w: Array, found: Array, f: Array) -> Array:

@@ -69,7 +69,7 @@ def lnq(
         w: `(in, out)` or `(batch..., in, out)`, any float dtype; of logical shape if `layout` is given.
         hessian: `(in, in)`, shared by all; `(batch..., in, in)`; or `(batch..., groups, in, in)`, where group g
             of consecutive output channels has its own. Any positive scale: each is normalized.
-        format: the codebook.
+        format: the codebook, with one table a channel.
         importance: weights of the k-means that gives the first tables, of the shape of `w` (or canonical).
             Default: the root of the Hessian's diagonal.
         frozen: bool, of the shape of `w` (or canonical): weights that are stored exactly elsewhere. They count
@@ -86,7 +86,7 @@ def lnq(
     Returns a CodebookArray of the logical shape and dtype of `w`, with no more damped error in any channel than
     with `rounds=0`. Inputs that never carried a signal (zero diagonal) cost nothing and take the nearest entry.
     Raises JaxqError for weights, importance or a Hessian that are not finite, shapes that do not belong
-    together, or tables beyond `table_dtype`. Cost: about
+    together, tables of groups, or tables beyond `table_dtype`. Cost: about
     rounds * (entries + 4 sweeps + 5) in^2 out multiplications, and a compilation of some seconds a shape.
     """
     return _checked(w, hessian, format, importance, frozen, rounds, sweeps, start, damping, layout)[0]
@@ -134,6 +134,9 @@ def _checked(
         importance = _beside(importance, "importance", w, matrix, layout)
     if frozen is not None:
         frozen = _beside(frozen, "mask of frozen weights", w, matrix, layout).astype(bool)
+    if format.rows_per_group(in_size) < in_size:
+        raise JaxqError(f"lnq fits one table a channel, not one for each group of {format.group_size}; use "
+                        "group_size=None, or the solver kmeans")  # fmt: skip
     if start not in STARTS:
         raise JaxqError(f"start is {' or '.join(map(repr, STARTS))}, not {start!r}")
     for name, count in (("rounds", rounds), ("sweeps", sweeps)):

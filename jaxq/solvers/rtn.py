@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxq.formats.base import Layout
-from jaxq.formats.uniform import Uniform, UniformArray, assemble, join_groups, quantize_codes, split_groups
+from jaxq.formats.groups import join_groups, split_groups
+from jaxq.formats.uniform import Uniform, UniformArray, assemble, quantize_codes
 from jaxq.solvers.common import RANGES, all_finite, canonical, check_weights
 
 

@@ -21,7 +21,15 @@ from jaxq.formats import codebook as module
 from jaxq.formats.codebook import assemble, lookup, nearest, representable, store
 from jaxq.quantize import Result
 
-FORMATS = [Codebook(1), Codebook(3, "bfloat16"), Codebook(4), Codebook(8, "float32")]
+#: Groups of which the last one is shorter, and of a width of 50 the only one.
+FORMATS = [
+    Codebook(1),
+    Codebook(3, "bfloat16"),
+    Codebook(4),
+    Codebook(8, "float32"),
+    Codebook(2, group_size=20),
+    Codebook(5, "bfloat16", 50),
+]
 WIDTH, OUT = 50, 6
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -43,9 +51,16 @@ def codes_of(format: Codebook, *shape: int, seed: int = 2) -> np.ndarray:
 
 def example(format: Codebook, *shape: int, layout: Layout | None = None) -> tuple[CodebookArray, np.ndarray]:
     """A random array of canonical `shape` and its dense canonical matrix."""
-    codes, table = codes_of(format, *shape), table_of(format, *shape[:-2], shape[-1])
-    q = assemble(jnp.asarray(codes), jnp.asarray(table), format, layout)
-    return q, np.take_along_axis(table, codes.astype(np.int64), axis=-2)
+    *batch, width, out = shape
+    size = format.group_size or width
+    codes, groups = codes_of(format, *shape), -(-width // size)
+    table = table_of(format, *batch, groups, out)
+    q = assemble(jnp.asarray(codes), jnp.asarray(table.reshape(*batch, -1, out)), format, layout)
+    dense = [
+        np.take_along_axis(table[..., row // size, :, :], codes[..., row : row + 1, :].astype(int), axis=-2)
+        for row in range(width)
+    ]
+    return q, np.concatenate(dense, axis=-2)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +187,13 @@ def test_gradient_of_tables(format):
     grad = jax.jit(jax.grad(lambda q: jnp.sum((x @ q) ** 2), allow_int=True))(q)
     assert grad.codes.dtype == jax.dtypes.float0
     of_weights = 2 * x.T @ (x @ dense)
-    codes = codes_of(format, WIDTH, OUT)
-    expected = np.stack([(of_weights * (codes == entry)).sum(axis=0) for entry in range(format.entries)])
-    np.testing.assert_allclose(grad.table, expected, rtol=1e-4, atol=1e-3)
+    codes, size = codes_of(format, WIDTH, OUT), format.group_size or WIDTH
+    expected = [
+        (of_weights * (codes == entry))[first : first + size].sum(axis=0)
+        for first in range(0, WIDTH, size)
+        for entry in range(format.entries)
+    ]
+    np.testing.assert_allclose(grad.table, np.stack(expected), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -211,10 +230,11 @@ def test_nearest_in_a_shard_map():
         np.testing.assert_array_equal(out, nearest(w, table))
 
 
-def test_sharded_along_in():
-    (q, dense), x, devices = example(Codebook(4), 64, 16), normal(3, 64), mesh(AxisType.Auto)
+@pytest.mark.parametrize(("group", "rows"), [(None, None), (8, "model"), (16, "model")])
+def test_sharded_along_in(group, rows):
+    (q, dense), x, devices = example(Codebook(4, group_size=group), 64, 16), normal(3, 64), mesh(AxisType.Auto)
     specs = q.partition_specs(P("model"), devices)
-    assert specs.codes == P("model", None) and specs.table == P(None, None)
+    assert specs.codes == P("model", None) and specs.table == P(rows, None)
 
     @partial(jax.shard_map, mesh=devices, in_specs=(specs, P(None, "model")), out_specs=P())
     def product(q, x):
@@ -224,12 +244,14 @@ def test_sharded_along_in():
     np.testing.assert_allclose(product(q, x), x @ dense, rtol=1e-5, atol=1e-5)
     with pytest.raises(JaxqError, match="inside a packed word"):
         example(Codebook(3), 64, 16)[0].partition_specs(P("model"), devices)
+    with pytest.raises(JaxqError, match="a group would be cut"):
+        example(Codebook(4, group_size=32), 64, 16)[0].partition_specs(P("model"), devices)
 
 
 def test_saved_and_loaded(tmp_path):
     layout = Layout.of((16, 32), (1,), (0,))
     params = {
-        "a": example(Codebook(3), 2, WIDTH, OUT)[0],
+        "a": example(Codebook(3, group_size=20), 2, WIDTH, OUT)[0],
         "b": example(Codebook(4, "bfloat16"), 32, 16, layout=layout)[0],
     }
     save(tmp_path / "model", Result(params, None))
@@ -285,15 +307,17 @@ def test_average_bits_of_a_narrow_model():
     rows=st.integers(1, 100),
     columns=st.integers(1, 9),
     dtype=st.sampled_from(sorted(NUMPY)),
+    group=st.integers(1, 100),
 )
-def test_exact_size(bits, rows, columns, dtype):
-    format = Codebook(bits, dtype)
+def test_exact_size(bits, rows, columns, dtype, group):
+    format = Codebook(bits, dtype, group if group <= rows else None)
+    groups = -(-rows // group) if group <= rows else 1
     made = partial(assemble, format=format)
-    codes, table = (jax.ShapeDtypeStruct((2, n, columns), jnp.float32) for n in (rows, 2**bits))
+    codes, table = (jax.ShapeDtypeStruct((2, n, columns), jnp.float32) for n in (rows, groups * 2**bits))
     q, promised = jax.eval_shape(made, codes, table), format.abstract((2, rows, columns))
     assert jax.tree.structure(q) == jax.tree.structure(promised) and q.shape == (2, rows, columns)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), q, promised)))
-    size = 4 * ((rows * bits + 31) // 32) + 2**bits * NUMPY[dtype](0).itemsize
+    size = 4 * ((rows * bits + 31) // 32) + groups * 2**bits * NUMPY[dtype](0).itemsize
     assert q.nbytes == format.nbytes((2, rows, columns)) == 2 * columns * size
     assert from_dict(format.to_dict()) == format and format.entries == 2**bits
 
@@ -305,7 +329,9 @@ def test_exact_size(bits, rows, columns, dtype):
         (lambda: Codebook(9), "1 to 8 bits"),
         (lambda: Codebook(True), "1 to 8 bits"),
         (lambda: Codebook(4, "float64"), "tables are stored in"),
-        (lambda: from_dict({"name": "codebook", "group_size": 4}), "no setting 'group_size'"),
+        (lambda: Codebook(4, group_size=0), "group size 0 is not a positive number"),
+        (lambda: Codebook(4, group_size=128).nbytes((64, 8)), "group size 128 is larger than the input width 64"),
+        (lambda: from_dict({"name": "codebook", "symmetric": True}), "no setting 'symmetric'"),
     ],
 )
 def test_bad_input_is_named(make, words):
@@ -317,3 +343,8 @@ def test_words():
     q, _ = example(Codebook(3), 64, 8)
     assert str(q.format) == "codebook 3-bit" and "codebook 3-bit, shape=(64, 8), bits_per_weight=5.000" in repr(q)
     assert "placeholder" in repr(jax.tree.map(lambda _: None, q))
+    assert str(Codebook(3, group_size=64)) == "codebook 3-bit g64"
+
+
+def test_a_description_from_before_groups():
+    assert from_dict({"name": "codebook", "bits": 3, "table_dtype": "bfloat16"}) == Codebook(3, "bfloat16")

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from jaxq.errors import JaxqError
 from jaxq.formats import Uniform, from_dict
+from jaxq.formats.groups import split_groups
 from jaxq.formats.uniform import (
     dequantize_codes,
     fit_minmax,
     fit_mse,
-    join_groups,
     quantize_codes,
     round_up,
-    split_groups,
 )
 from jaxq.solvers.rtn import rtn
 
@@ -133,14 +132,6 @@ def test_mse_search_equals_brute_force():
         s, z = np.float64(scale[column]), np.float64(zero[column])
         found = ((((np.clip(np.round(x / s) + z, 0, 7)) - z) * s - x) ** 2).sum()
         assert found == pytest.approx(best, rel=1e-5)
-
-
-@given(rows=st.integers(1, 40), size=st.integers(1, 17))
-def test_groups_round_trip(rows, size):
-    x = jnp.arange(rows * 3.0).reshape(rows, 3)
-    groups = split_groups(x, size)
-    assert groups.shape == (-(-rows // size), size, 3)
-    np.testing.assert_array_equal(join_groups(groups, rows), x)
 
 
 def test_exact_size_by_hand():

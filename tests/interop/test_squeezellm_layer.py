@@ -245,9 +245,10 @@ def test_inputs_and_ranges_asked_for():
 def test_what_the_layout_cannot_hold():
     rng = np.random.default_rng(0)
 
-    def codebook(in_size, bits, batch=()):
+    def codebook(in_size, bits, batch=(), group=None):
         codes = jnp.asarray(rng.integers(0, 2**bits, (*batch, in_size, 4), np.uint8))
-        return assemble(codes, jnp.zeros((*batch, 2**bits, 4)), Codebook(bits))
+        tables = 1 if group is None else in_size // group
+        return assemble(codes, jnp.zeros((*batch, tables * 2**bits, 4)), Codebook(bits, group_size=group))
 
     with pytest.raises(JaxqError, match="inputs by 32s: 33"):
         to_tensors(codebook(33, 3))
@@ -255,6 +256,9 @@ def test_what_the_layout_cannot_hold():
         to_tensors(codebook(32, 5))
     with pytest.raises(JaxqError, match="batch axes"):
         to_tensors(codebook(32, 3, (2,)))
+    with pytest.raises(JaxqError, match="not for groups of 32"):
+        to_tensors(codebook(64, 3, group=32))
+    assert to_tensors(codebook(64, 3, group=64))["lookup_table"].shape == (4, 8)
     with pytest.raises(JaxqError, match="not uniform"):
         to_tensors(Uniform(bits=4, group_size=32).abstract((32, 4)))
 

@@ -15,10 +15,10 @@ def random_array(format, *shape: int, seed: int = 0) -> QuantizedArray:
     rng = np.random.default_rng(seed)
     *batch, width, out = shape
     codes = jnp.asarray(rng.integers(0, 2**format.bits, shape).astype(np.uint8))
-    if isinstance(format, Codebook):
-        table = rng.normal(size=(*batch, format.entries, out)).astype(np.float32)
-        return codebook.assemble(codes, jnp.asarray(table), format)
     groups = -(-width // format.rows_per_group(width))
+    if isinstance(format, Codebook):
+        table = rng.normal(size=(*batch, groups * format.entries, out)).astype(np.float32)
+        return codebook.assemble(codes, jnp.asarray(table), format)
     if isinstance(format, BitPlane):
         scale = rng.normal(size=(*batch, format.bits, groups, out)).astype(np.float32)
         offset = rng.normal(size=(*batch, groups, out)).astype(np.float32)

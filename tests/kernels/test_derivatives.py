@@ -11,7 +11,15 @@ from jaxq.formats import BitPlane, Codebook, Uniform
 from jaxq.kernels import dispatch, native, tiles
 
 TABLE, GRID, PLANES = Codebook(3, "float32"), Uniform(4, 64, scale_dtype="float32"), BitPlane(2, 32, "float32")
-CASES = [("tiled", GRID), ("tiled", PLANES), ("native", TABLE), ("native", PLANES)]
+GROUPS = Codebook(4, "float32", 64)
+CASES = [
+    ("tiled", GROUPS),
+    ("native", GROUPS),
+    ("tiled", GRID),
+    ("tiled", PLANES),
+    ("native", TABLE),
+    ("native", PLANES),
+]
 
 
 #: Activations of which sums are no larger than 1: sines of large ones magnify rounding.

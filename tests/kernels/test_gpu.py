@@ -18,7 +18,7 @@ from jaxq.errors import JaxqError
 from jaxq.formats import BitPlane, Codebook, DenseSparse, PreparedArray, Uniform
 from jaxq.formats.dense_sparse import DenseSparseArray, compress
 from jaxq.kernels import dispatch, gpu, tuning
-from jaxq.kernels.gpu import lanes, plans, run, warpgroups, words
+from jaxq.kernels.gpu import lanes, parts, plans, run, warpgroups, words
 from jaxq.kernels.gpu.weights import Settings, Weight
 
 #: Every format and number of bits; inputs that end inside a block, a group, or what a program reads together.
@@ -29,6 +29,9 @@ CASES = [
     (Codebook(4), 520),
     (Codebook(3), 1000),
     (Codebook(2), 512),
+    (Codebook(4, group_size=64), 200),
+    (Codebook(3, group_size=128), 320),
+    (Codebook(2, group_size=64), 384),
     (BitPlane(4, 64), 192),
     (BitPlane(3, 64), 320),
     (BitPlane(2, 128, "float32"), 384),
@@ -41,7 +44,7 @@ WARPGROUPS = [
     warpgroups.Settings(128, 128, 1, 1, 4, 1),
     warpgroups.Settings(64, 64, 1, 1, 1, 8),
 ]
-REPRESENTATIVE = [Uniform(4, 64), Codebook(3), BitPlane(2, 64)]
+REPRESENTATIVE = [Uniform(4, 64), Codebook(3), Codebook(4, group_size=64), BitPlane(2, 64)]
 OUT = 5
 
 
@@ -274,9 +277,10 @@ def test_which_kernel_takes_a_product(monkeypatch):
 
 
 def test_default_settings_fit_into_shared_memory():
-    for format in (Codebook(4), Codebook(3), Codebook(2), Uniform(3, 128), Uniform(4, 64), BitPlane(2, 64)):
+    formats = (Codebook(4), Codebook(3), Codebook(2), Codebook(4, group_size=64), Uniform(3, 128), BitPlane(2, 64))
+    for format in formats:
         prepared = jax.eval_shape(lambda a: jaxq.prepare(a, "gpu"), format.abstract((8192, 4096)))
-        order = prepared.kernel._order(format, *([] if isinstance(format, Codebook) else [64]))
+        order = parts.order_of(format, prepared.kernel.groups(prepared.parts))
         weight = Weight(prepared.parts[0], types.SimpleNamespace(order=order), ())
         for tokens in (2, 16, 33, 64, 65, 200, 256, 257, 3000):
             for out_size in (256, 4096, 8192, 28672, 128256):
@@ -396,6 +400,7 @@ def test_warpgroups_on_a_gpu(settings):
     for format, width, out in (
         (Codebook(4), 5000, 200),
         (Uniform(4, 64), 4160, 136),
+        (Codebook(3, group_size=128), 4000, 136),
         (BitPlane(2, 128), 2048, 104),
     ):
         array = random_array(format, width, out)

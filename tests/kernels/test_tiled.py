@@ -11,7 +11,7 @@ from jaxq.kernels import matvec, tiles
 from jaxq.kernels.bitplane import tiled
 
 FORMATS = [
-    Codebook(3, "float32"),
+    *(Codebook(3, "float32"), Codebook(4, "float32", 96)),
     *(Uniform(3, 48), Uniform(8, "tensor")),
     BitPlane(2, 24),
 ]

@@ -35,6 +35,10 @@ CASES = [
     ("tpu-v6", Uniform(4, 192, scale_dtype="float32"), 700, 100, 3),
     ("tpu-v6", Codebook(4), 300, 200, 3),
     ("tpu-v6", Codebook(3, "float32"), 90, 20, 1),
+    ("tpu-v4", Codebook(2, "float32", 128), 600, 20, 3),
+    ("tpu-v5", Codebook(3, "float16", 64), 300, 130, 2),
+    ("tpu-v5", Codebook(4, "float32", 256), 513, 40, 17),
+    ("tpu-v6", Codebook(4, "float16", 16), 300, 200, 3),
 ]
 
 
@@ -143,8 +147,8 @@ def test_pairs_round_to_their_upper_entry():
     least = float(jnp.finfo(jnp.bfloat16).min)
     some = jnp.asarray([0.0, -0.0, 1.0, -1.0, 1.0078125, least, 2e-38, -2.5], jnp.bfloat16)
     low, high = (x.reshape(-1) for x in jnp.meshgrid(some, some, indexing="ij"))
-    table = jnp.zeros((16, 64), jnp.bfloat16).at[0].set(low).at[8].set(high)
-    word = codebook_tpu._pairs(table)[0]
+    table = jnp.zeros((1, 16, 64), jnp.bfloat16).at[0, 0].set(low).at[0, 8].set(high)
+    word = codebook_tpu._pairs(table)[0, 0]
     first = jax.lax.bitcast_convert_type(word, jnp.float32).astype(jnp.bfloat16)
     second = jax.lax.bitcast_convert_type(word << 16, jnp.float32).astype(jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(first, np.float64), np.asarray(low, np.float64), rtol=0, atol=1e-40)
@@ -153,7 +157,7 @@ def test_pairs_round_to_their_upper_entry():
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_pieces_add_up_exactly(name):
-    table = jnp.asarray(normal(16, 50)).astype(name)
+    table = jnp.asarray(normal(2, 16, 50)).astype(name)
     pieces = np.asarray(codebook_tpu._pieces(table), np.float64)
     np.testing.assert_array_equal(pieces.sum(0), np.asarray(table, np.float64))
 

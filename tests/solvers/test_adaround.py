@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxq.formats.uniform import Uniform, fit_minmax, fit_mse, split_groups
+from jaxq.formats.groups import split_groups
+from jaxq.formats.uniform import Uniform, fit_minmax, fit_mse
 from jaxq.solvers import adaround
 from jaxq.solvers.rtn import rtn
 

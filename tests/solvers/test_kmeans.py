@@ -285,6 +285,30 @@ def test_batches_layouts_dtypes_and_transformations():
     assert half.dtype == jnp.bfloat16
 
 
+def test_each_group_is_solved_by_itself():
+    (w, f), size = problem(22, 40, 5, 2), 16
+    f[16:32, 3] = 0  # A group without importance counts its weights alike.
+    frozen = np.random.default_rng(3).random(w.shape) < 0.1
+    format, own = Codebook(2, FULL, size), Codebook(2, FULL)
+    for kept in (None, frozen):
+        q, used = kmeans_solve(w, f, format, frozen=kept)
+        assert q.shape == w.shape and q.table.shape == (3 * 4, 5)
+        for group, first in enumerate(range(0, 40, size)):
+            rows = slice(first, first + size)
+            alone = kmeans(w[rows], f[rows], own, frozen=None if kept is None else kept[rows])
+            np.testing.assert_allclose(q.table[4 * group : 4 * group + 4], alone.table, rtol=1e-6, atol=1e-7)
+            np.testing.assert_array_equal(codes_of(q)[rows], codes_of(alone))
+        live = f if kept is None else np.where(kept, 0, f)
+        difference = np.asarray(q.matrix(), np.float64) - w
+        expected = np.sqrt((live * difference**2).sum() / (live * w.astype(np.float64) ** 2).sum())
+        assert float(used["error"]) == pytest.approx(expected, rel=1e-4)
+    stacked = kmeans(np.stack([w, 2 * w]), np.stack([f, f]), format, frozen=np.stack([frozen, frozen]))
+    np.testing.assert_array_equal(codes_of(jax.tree.map(lambda z: z[0], stacked)), codes_of(q))
+    np.testing.assert_allclose(stacked.table[1], 2 * np.asarray(q.table))
+    errors = [float(kmeans_solve(w, None, some)[1]["error"]) for some in (own, format)]
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("method", ["exact", "lloyd"])
 def test_chunks_of_channels_change_nothing(monkeypatch, method):
     w, f = problem(18, 10, 70, 2)
@@ -329,13 +353,14 @@ def test_extreme_scales(scale):
         ({"frozen": np.ones((4, 2), np.float32)}, "bool"),
         ({"frozen": np.ones((2, 2), bool)}, "frozen"),
         ({"method": "best"}, "unknown k-means method"),
+        ({"format": Codebook(2, group_size=8)}, "group size 8 is larger than the input width 4"),
         ({"w": np.full((4, 2), 1e6, np.float32)}, "does not fit float16"),
     ],
 )
 def test_bad_input(change, message):
     given = {"w": np.ones((4, 2), np.float32), "importance": None} | change
     with pytest.raises(JaxqError, match=message):
-        kmeans(given.pop("w"), given.pop("importance"), Codebook(2), **given)
+        kmeans(given.pop("w"), given.pop("importance"), **({"format": Codebook(2)} | given))
 
 
 def test_bad_arguments_of_fit_tables():

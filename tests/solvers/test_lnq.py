@@ -360,6 +360,7 @@ def test_program_size_does_not_depend_on_the_width():
         ({"rounds": -1}, "rounds is a whole number"),
         ({"sweeps": 1.5}, "sweeps is a whole number"),
         ({"damping": -1.0}, "damping"),
+        ({"format": Codebook(1, group_size=2)}, "one table a channel, not one for each group of 2"),
     ],
 )
 def test_bad_input_gives_one_clear_line(change, words):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxq.errors import JaxqError
-from jaxq.formats.uniform import Uniform, fit_mse, split_groups
+from jaxq.formats.groups import split_groups
+from jaxq.formats.uniform import Uniform, fit_mse
 from jaxq.solvers import adaround
 from jaxq.solvers.reconstruct import Data, Settings, mixed, reconstruct, reconstruct_together
 

@@ -7,10 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
+from jaxq.kernels.gpu import parts as layout
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, halves, look_up, pair, tables
+from jaxq.kernels.gpu.parts import blocks as blocks
+from jaxq.kernels.gpu.parts import group_of, order_of
+from jaxq.kernels.gpu.parts import groups as groups
+from jaxq.kernels.gpu.parts import sizes as sizes
+from jaxq.kernels.gpu.parts import take as take
 from jaxq.kernels.gpu.run import product_of
 from jaxq.kernels.gpu.weights import Tile, Weight
 from jaxq.kernels.gpu.words import Order
@@ -30,15 +36,7 @@ def unsupported(array: Any) -> str:
     bits = array.format.bits
     if bits not in words.UNITS:
         return "GPU kernels have 2 to 4 bit planes"
-    return words.unsupported(bits, _group(array.format, array.offset.shape[-2]))
-
-
-def _group(format: Any, groups: int) -> int | None:
-    return None if groups == 1 else format.group_size
-
-
-def _order(format: Any, groups: int) -> Order:
-    return words.order_for(format.bits, _group(format, groups), spread=False)
+    return layout.unsupported(array.format, array.offset.shape[-2])
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
@@ -49,7 +47,7 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     """
     del target  # One layout for all GPUs.
     groups = array.offset.shape[-2]
-    order, group = _order(array.format, groups), _group(array.format, groups)
+    order, group = order_of(array.format, groups), group_of(array.format, groups)
     rows = words.pack(codes, order)
     values = jnp.concatenate([array.offset[..., None, :, :], array.scale], axis=-3)
     values = words.pad_last(jnp.moveaxis(values, -1, -3), words.groups_in(rows.shape[-1], order, group))
@@ -58,34 +56,14 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     return rows, values[..., :paired], *([values[..., paired]] if values.shape[-1] > paired else [])
 
 
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[ids] for part in parts), 0
-
-
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, offsets) of the canonical array."""
     del target  # One layout for all GPUs.
     rows, values = parts[0], jnp.concatenate([parts[1], *(part[..., None] for part in parts[2:])], axis=-1)
-    codes = words.unpack(rows, _order(format, values.shape[-2]), in_size)
+    codes = words.unpack(rows, order_of(format, values.shape[-2]), in_size)
     groups = -(-in_size // format.rows_per_group(in_size))
     values = jnp.moveaxis(values[..., :groups, :], (-1, -3), (-3, -1))
     return codes, values[..., 1:, :, :], values[..., 0, :, :]
-
-
-def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
-    """(in, out), with what fills up the last block."""
-    return _order(format, parts[1].shape[-2]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
-
-
-def groups(parts: tuple[Any, ...]) -> int:
-    """Groups of an output, which lie along the second axis of all parts but the first; 1 if they are one."""
-    return parts[1].shape[-2]
-
-
-def blocks(format: Any, parts: tuple[Any, ...]) -> int:
-    """Blocks of inputs."""
-    return parts[0].shape[-1] // _order(format, groups(parts)).block_words
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
@@ -94,7 +72,8 @@ def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Floa
     groups = paired.shape[-2]
     if paired.dtype == jnp.float16:
         paired = lax.bitcast_convert_type(paired.reshape((*paired.shape[:-1], -1, 2)), jnp.uint32)
-    planes = Planes(_order(prepared.format, groups), _group(prepared.format, groups), groups, paired.shape[-1])
+    order, group = order_of(prepared.format, groups), group_of(prepared.format, groups)
+    planes = Planes(order, group, groups, paired.shape[-1])
     return product_of("bitplane", x, Weight(rows, planes, (paired, *left)), **options)
 
 

@@ -25,11 +25,15 @@ TOKENS = lines.TOKENS
 
 def unsupported(array: Any) -> str:
     """Why an array has no native product; empty if it has one."""
+    in_size, _ = array.matrix_shape
+    size = array.format.rows_per_group(in_size)
+    if size < in_size and size % lines.RUN:
+        return f"native look-up tables have groups of a multiple of {lines.RUN} inputs"
     return "" if array.format.bits <= 4 else "native look-up tables have 1 to 4 bits"
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
-    """(codes by rows `(batch..., out, bytes)`, tables by rows `(batch..., out, 2^bits)`)."""
+    """(codes by rows `(batch..., out, bytes)`, tables by rows `(batch..., out, groups * 2^bits)`)."""
     del target  # One layout for all processors.
     return lines.pack(codes, array.format.bits), jnp.swapaxes(array.table, -1, -2)
 
@@ -43,5 +47,8 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
     rows, table = prepared.parts
+    group_size = np.int64(prepared.format.rows_per_group(x.shape[-1]))
     some = {"activations": prepared.activations, "out_size": rows.shape[-2]}
-    return call("jaxq_codebook", x, rows, table, **some, bits=np.int32(prepared.format.bits))
+    return call(
+        "jaxq_codebook", x, rows, table, **some, bits=np.int32(prepared.format.bits), group_size=group_size
+    )

@@ -28,21 +28,34 @@ DEEP = 64
 #: Where a look-up gives a whole tile at once, the depth of the matrix unit.
 DEEP_HALVES = 256
 
+#: Inputs that share a table: whole tiles, and not more than the smallest block.
+GROUPS = (16, 32, 64, 128, 256)
+
 
 def unsupported(array: Any) -> str:
     """Why an array has no product on TPUs; empty if it has one."""
-    return "" if array.format.bits <= 4 else "look-up tables on TPUs have 1 to 4 bits"
+    if array.format.bits > 4:
+        return "look-up tables on TPUs have 1 to 4 bits"
+    group = _group(array.format, array.table)
+    if group is None or group in GROUPS:
+        return ""
+    return f"look-up tables on TPUs have groups of {', '.join(map(str, GROUPS))} inputs, or one an output"
+
+
+def _group(format: Any, table: Array) -> int | None:
+    return None if table.shape[-2] == format.entries else format.group_size
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
-    """Words of codes (3 bits take 4) and tables `(batch..., 2^bits, out)` in their own dtype.
+    """Words of codes (3 bits take 4) and tables `(batch..., groups * 2^bits, out)` in their own dtype.
 
     The order is that of `tpu.words` for V6, of `tpu_words` before. Inputs and outputs are filled up with zeros.
     """
     in_size, out_size = words.padded(*array.matrix_shape)
     codes = words.pad_matrix(codes, in_size, out_size)
-    table = words.pad_matrix(array.table, array.table.shape[-2], out_size)
-    bits = array.format.bits
+    group, bits = _group(array.format, array.table), array.format.bits
+    count = 1 if group is None else in_size // group
+    table = words.pad_matrix(array.table, count * array.format.entries, out_size)
     if target == generations.V6:
         return words.pack(codes, words.FIELD[bits]), table
     return tpu_words.pack(codes, bits), table
@@ -55,7 +68,8 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
         codes = words.unpack(packed, words.FIELD[format.bits])
     else:
         codes = tpu_words.unpack(packed, format.bits)
-    return codes[..., :in_size, :], table
+    groups = -(-in_size // format.rows_per_group(in_size))
+    return codes[..., :in_size, :], table[..., : groups * format.entries, :]
 
 
 def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
@@ -65,7 +79,8 @@ def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
 
 def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens out"]:
     packed, table = prepared.parts
-    bits = prepared.format.bits
+    bits, group = prepared.format.bits, _group(prepared.format, table)
+    table = table.reshape((-1, prepared.format.entries, table.shape[-1]))
     x = blocks.precise(x)
     half = x.dtype == jnp.bfloat16
     if half:
@@ -73,23 +88,28 @@ def product(x: Float[Array, "tokens in"], prepared: Any) -> Float[Array, "tokens
     if prepared.target == generations.V6:
         tiles, table = _tiles_of_halves, _pieces(table)
     elif prepared.target == generations.V4:
-        tiles, table = _each(_select), table.astype(jnp.float32)
+        tiles, table = _each(_select), _rows(table.astype(jnp.float32), words.SUBLANES)
     elif bits <= 3:
         tiles, table = _each(_gather), _rows(table.astype(jnp.float32), words.SUBLANES)
     elif half:
         tiles, table = _each(_gather_pairs), _pairs(table)
     else:
         tiles, table = _each(_gather_twice), table.astype(jnp.float32)
-    body = functools.partial(_body, tiles=tiles, bits=bits)
-    return blocks.product(body, x, [(packed, 32 // words.FIELD[bits])], [table], lambda *shape: [shape])
+    rows = table.shape[-2]
+    table = table.reshape((*table.shape[:-3], -1, table.shape[-1]))
+    body = functools.partial(_body, tiles=tiles, bits=bits, group=group, rows=rows)
+    codes = (packed, 32 // words.FIELD[bits])
+    if group is None:
+        return blocks.product(body, x, [codes], [table], lambda *shape: [shape])
+    return blocks.product(body, x, [codes, (table, group // rows)], [], lambda *shape: [shape])
 
 
 def _rows(table: Array, rows: int) -> Array:
-    """`(entries, out)` filled up to so many rows, since a gather reads whole registers."""
-    return words.pad_matrix(table, rows, table.shape[-1])
+    """`(groups, entries, out)` filled up to so many rows, since a gather reads whole registers."""
+    return words.pad_matrix(table, max(rows, table.shape[-2]), table.shape[-1])
 
 
-def _pairs(table: Float[Array, "entries out"]) -> Integer[Array, "8 out"]:
+def _pairs(table: Float[Array, "groups entries out"]) -> Integer[Array, "groups 8 out"]:
     """Entries i, above, and i + 8, below, in one word, as bfloat16.
 
     Read as a float32, a word is entry i with something behind it, which rounding to bfloat16 adds if it is half
@@ -99,14 +119,14 @@ def _pairs(table: Float[Array, "entries out"]) -> Integer[Array, "8 out"]:
     # Minus zero would lie exactly at the half of a unit.
     rounded = jnp.where(rounded == 0, jnp.bfloat16(0), rounded)
     whole = jax.lax.bitcast_convert_type(rounded, jnp.uint16).astype(jnp.uint32)
-    above, below = whole[: words.SUBLANES], whole[words.SUBLANES :]
+    above, below = whole[:, : words.SUBLANES], whole[:, words.SUBLANES :]
     # Zero has nothing below it: with a rest behind, it becomes the smallest positive number of all, or stays zero.
     down = (below >= 0x8000) & (above > 0)
     word = ((above - down) << 16) | below
     return jax.lax.bitcast_convert_type(word, jnp.int32)
 
 
-def _pieces(table: Float[Array, "entries out"]) -> Float[Array, "pieces 16 out"]:
+def _pieces(table: Float[Array, "groups entries out"]) -> Float[Array, "pieces groups 16 out"]:
     """Bfloat16 tables of which the sum is the table: one for every 8 bits of its precision."""
     count = {"bfloat16": 1, "float16": 2, "float32": 3}[table.dtype.name]
     rest, pieces = _rows(table.astype(jnp.float32), words.TILE), []
@@ -119,17 +139,22 @@ def _pieces(table: Float[Array, "entries out"]) -> Float[Array, "pieces 16 out"]
     return jnp.stack(pieces)
 
 
-def _body(x, packed, table, out, total, *, tiles: Callable[..., list[Array]], bits: int) -> None:
-    """One block: x `[tokens, deep]`, words `[rows, wide]`, the table of its outputs `[..., entries, wide]`."""
+def _body(
+    x, packed, table, out, total, *, tiles: Callable[..., list[Array]], bits: int, group: int | None, rows: int
+) -> None:
+    """One block: x `[tokens, deep]`, words `[..., wide]`, for each group a table of `[..., rows, wide]`."""
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    result, entries = total[...], table[...]
+    result = total[...]
     size = DEEP_HALVES if tiles is _tiles_of_halves else DEEP
+    size = size if group is None else min(size, group)
     for start in range(0, x.shape[1], size):
+        first = 0 if group is None else start // group * rows
+        entries = table[..., first : first + rows, :]
         weights = jnp.concatenate(tiles(packed, start, size, bits, entries), axis=0)
         result = result + blocks.dot(x[:, start : start + size], weights)
     total[...] = result
@@ -197,7 +222,7 @@ def _gather_pairs(some: Array, places: tuple[int, ...], table: Array) -> Array:
 
 def _select(some: Array, places: tuple[int, ...], table: Array) -> Array:
     """8 rows of float32 without a gather: one bit of the code after another halves the candidates."""
-    candidates = [jnp.broadcast_to(table[row : row + 1, :], some.shape) for row in range(table.shape[0])]
+    candidates = [jnp.broadcast_to(table[row : row + 1, :], some.shape) for row in range(2 ** len(places))]
     for place in places:
         odd = _is_set(some, place)
         candidates = [jnp.where(odd, *pair) for pair in zip(candidates[1::2], candidates[::2], strict=True)]

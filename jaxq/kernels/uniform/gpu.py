@@ -13,10 +13,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
+from jaxq.kernels.gpu import parts as layout
 from jaxq.kernels.gpu import words
 from jaxq.kernels.gpu.lanes import Instructions, halves, pair
+from jaxq.kernels.gpu.parts import blocks as blocks
+from jaxq.kernels.gpu.parts import group_of, order_of
+from jaxq.kernels.gpu.parts import groups as groups
+from jaxq.kernels.gpu.parts import sizes as sizes
+from jaxq.kernels.gpu.parts import take as take
 from jaxq.kernels.gpu.run import product_of
 from jaxq.kernels.gpu.weights import Tile, Weight, pairs_exactly
 from jaxq.kernels.gpu.words import Order
@@ -47,15 +53,7 @@ def unsupported(array: Any) -> str:
     bits = array.format.bits
     if bits not in words.UNITS:
         return "GPU kernels have uniform grids of 2 to 4 bits"
-    return words.unsupported(bits, _group(array.format, array.scale.shape[-2]))
-
-
-def _group(format: Any, groups: int) -> int | None:
-    return None if groups == 1 else format.group_size
-
-
-def _order(format: Any, groups: int) -> Order:
-    return words.order_for(format.bits, _group(format, groups), spread=True)
+    return layout.unsupported(array.format, array.scale.shape[-2])
 
 
 def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
@@ -63,9 +61,9 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     del target  # One layout for all GPUs.
     _, out_size = array.matrix_shape
     groups = array.scale.shape[-2]
-    order, group = _order(array.format, groups), _group(array.format, groups)
+    order = order_of(array.format, groups, spread=True)
     rows = words.pack(codes, order)
-    room = words.groups_in(rows.shape[-1], order, group)
+    room = words.groups_in(rows.shape[-1], order, group_of(array.format, groups))
 
     def by_rows(x: Array) -> Array:
         if array.format.group_size == "tensor":
@@ -77,11 +75,6 @@ def prepare(array: Any, codes: Array, target: str) -> tuple[Array, ...]:
     return rows, jnp.stack([by_rows(array.scale), by_rows(zero)], axis=-1)
 
 
-def take(parts: tuple[Array, ...], ids: Integer[Array, " ids"]) -> tuple[tuple[Array, ...], int]:
-    """(the parts of these outputs of one matrix, outputs that only fill up the last tile)."""
-    return tuple(part[ids] for part in parts), 0
-
-
 def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) -> tuple[Array, Array, Array]:
     """(codes, scales, zero points) of the canonical array."""
     del target  # One layout for all GPUs.
@@ -89,30 +82,16 @@ def restore(format: Any, parts: tuple[Array, ...], in_size: int, target: str) ->
     groups = -(-in_size // format.rows_per_group(in_size))
     channels = slice(0, 1) if format.group_size == "tensor" else slice(None)
     scale, zero = (jnp.swapaxes(own[..., channels, :groups, part], -1, -2) for part in (0, 1))
-    codes = words.unpack(rows, _order(format, own.shape[-2]), in_size)
+    codes = words.unpack(rows, order_of(format, own.shape[-2], spread=True), in_size)
     return codes, scale, lax.stop_gradient(zero)
-
-
-def sizes(format: Any, parts: tuple[Any, ...]) -> tuple[int, int]:
-    """(in, out), with what fills up the last block."""
-    return _order(format, parts[1].shape[-2]).inputs_in(parts[0].shape[-1]), parts[0].shape[-2]
-
-
-def groups(parts: tuple[Any, ...]) -> int:
-    """Groups of an output, which lie along the second axis of all parts but the first; 1 if they are one."""
-    return parts[1].shape[-2]
-
-
-def blocks(format: Any, parts: tuple[Any, ...]) -> int:
-    """Blocks of inputs."""
-    return parts[0].shape[-1] // _order(format, groups(parts)).block_words
 
 
 def product(x: Float[Array, "tokens in"], prepared: Any, **options: Any) -> Float[Array, "tokens out"]:
     """`x @ prepared`; see `kernels/gpu/run.py` for the options."""
     rows, own = prepared.parts
     groups = own.shape[-2]
-    grid = Grid(_order(prepared.format, groups), _group(prepared.format, groups), groups)
+    order = order_of(prepared.format, groups, spread=True)
+    grid = Grid(order, group_of(prepared.format, groups), groups)
     if own.dtype == jnp.float16:
         own = lax.bitcast_convert_type(own, jnp.uint32)
     return product_of("uniform", x, Weight(rows, grid, (own,)), **options)

@@ -210,11 +210,27 @@ inline float* scales_in(float* scratch, int64_t groups) { return tables_in(scrat
 
 template <int kBits, class X>
 void lookup_bits(const Codes& c, const Table& table, const X* x, int64_t begin, int64_t end, float* scratch) {
+  const Groups groups{table.group_runs, table.groups};
   if constexpr (kFits<kBits>) {
     X* tables = tables_in<X>(scratch);
-    const auto values_of = [&](int64_t row, auto rows, int64_t, int64_t) {
-      each<rows.value>([&](auto r) { Simd::storef(tables + r.value * Simd::kFloats, table_of<kBits>(table, row + r.value)); });
-      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, 0, Groups{c.blocks * runs_in_block(kBits), 1}};
+    const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
+      const Range range = groups_in<kBits>(groups, first, last);
+      for (int64_t g = range.begin; g < range.end; ++g)
+        each<rows.value>([&](auto r) {
+          Simd::storef(tables + (g * rows.value + r.value) * Simd::kFloats, table_of<kBits>(table, row + r.value, g));
+        });
+      return TableValues<kBits, rows.value, X>{tables, Simd::kFloats, rows.value * Simd::kFloats, groups};
+    };
+    products<kBits>(c, values_of, x, begin, end, scratch);
+  } else if (table.groups > 1) {
+    float* tables = tables_in(scratch);
+    const int64_t count = table.groups << kBits;
+    const auto values_of = [&](int64_t row, auto, int64_t, int64_t) {
+      // Whole vectors, the last one again from where it ends: a table of two may leave a rest.
+      const int64_t last = count - Simd::kFloats;
+      widen(table.values, table.type, row * count, last + 1, tables);
+      widen(table.values, table.type, row * count + last, Simd::kFloats, tables + last);
+      return GroupByteValues<kBits>{tables, groups};
     };
     products<kBits>(c, values_of, x, begin, end, scratch);
   } else {
@@ -271,7 +287,13 @@ void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin
       return TableValues<kBits, rows.value, X>{tables, stride * kEntries, kEntries, groups};
     } else {
       widen(levels.scale, levels.type, row * count, count, scales);
-      return LevelValues<kBits>{scales, stride, groups, {}};
+      for (int64_t g = 0; g < groups.count; ++g) {
+        X* values = tables + (g << kBits);
+        values[0] = scales[kBits * stride + g];
+        for (int j = 0; j < kBits; ++j)
+          for (int code = 0; code < 1 << j; ++code) values[(1 << j) + code] = values[code] + scales[j * stride + g];
+      }
+      return GroupByteValues<kBits>{tables, groups};
     }
   };
   products<kBits>(c, values_of, x, begin, end, scratch);

@@ -330,11 +330,14 @@ struct CodesShape {
     return row_bytes % bytes_in_block(bits) == 0 && padded >= inputs && last(in, 2) == last(out, 2) && last(out, 1) == rows;
   }
   // How many groups there are and how many runs each has, if they fit.
-  bool groups(int64_t size, int64_t padded_groups, int64_t* count, int64_t* runs) const {
+  bool groups(int64_t size, int64_t* count, int64_t* runs) const {
     *count = std::max<int64_t>(1, ceil_div(inputs, size));
     // One group may end anywhere; several end with whole runs.
     *runs = *count == 1 ? std::max<int64_t>(1, padded / kRun) : size / kRun;
-    return padded_groups % kGroupPad == 0 && *count <= padded_groups && (*count == 1 || size % kRun == 0);
+    return *count == 1 || size % kRun == 0;
+  }
+  bool groups(int64_t size, int64_t padded_groups, int64_t* count, int64_t* runs) const {
+    return groups(size, count, runs) && padded_groups % kGroupPad == 0 && *count <= padded_groups;
   }
 };
 
@@ -422,24 +425,29 @@ class Products {
 };
 
 ffi::Error codebook(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer table,
-                    ffi::ResultBuffer<ffi::F32> y, int32_t bits) try {
+                    ffi::ResultBuffer<ffi::F32> y, int32_t bits, int64_t group_size) try {
   const Dims out = y->dimensions(), in = x.dimensions(), w = codes.dimensions(), t = table.dimensions();
   if (bits < 1 || bits > 4) return wrong("codes have 1 to 4 bits");
   CodesShape shape;
-  ScaleType type;
+  Table of{};
   int64_t bytes = 0;
-  if (!fits_type(x) || !scale_type(table.element_type(), &type, &bytes)) return wrong("operands of an unknown type");
-  if (out.size() < 2) return wrong("shapes do not fit");
+  if (!fits_type(x) || !scale_type(table.element_type(), &of.type, &bytes)) return wrong("operands of an unknown type");
+  if (out.size() < 2 || group_size < 1) return wrong("shapes do not fit");
   Batch batch(out);
   if (!batch.takes(in, 2) || !batch.takes(w, 2) || !batch.takes(t, 2) || !shape.fits(out, in, w, bits) ||
-      last(t, 2) != shape.rows || last(t, 1) != int64_t{1} << bits)
+      last(t, 2) != shape.rows)
     return wrong("shapes do not fit");
   batch.join();
+  if (!shape.groups(group_size, &of.groups, &of.group_runs) || last(t, 1) != of.groups << bits)
+    return wrong("groups do not fit");
   const char* tables = static_cast<const char*>(table.untyped_data());
   Products(pool, batch, shape, codes, bits, y->typed_data())
-      .run(kernels(), x, code_scratch(1, 0), [&](int64_t b, const auto& k, const Codes& c, const auto* ordered, auto... rest) {
-        k.lookup(c, Table{tables + ((batch.at(2, b) * c.rows) << bits) * bytes, type}, ordered, rest...);
-      });
+      .run(kernels(), x, code_scratch(of.groups, 0),
+           [&](int64_t b, const auto& k, const Codes& c, const auto* ordered, auto... rest) {
+             Table own = of;
+             own.values = tables + ((batch.at(2, b) * c.rows * of.groups) << bits) * bytes;
+             k.lookup(c, own, ordered, rest...);
+           });
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return no_memory();
@@ -619,7 +627,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_codebook, codebook,
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int32_t>("bits"));
+                                  .Attr<int32_t>("bits")
+                                  .Attr<int64_t>("group_size"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_uniform, uniform,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

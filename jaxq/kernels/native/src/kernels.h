@@ -55,8 +55,10 @@ struct Codes {
 };
 
 struct Table {
-  const void* values;     // (rows, 2^bits)
+  const void* values;     // (rows, groups, 2^bits)
   ScaleType type;
+  int64_t groups;
+  int64_t group_runs;     // runs that share a table
 };
 
 struct Grid {

@@ -362,32 +362,25 @@ struct GridValues {
   }
 };
 
-// Scales of the bits that are set, and the offset, by bytes. Right, and slow: arrays are laid out for this where tables
-// fit vectors.
+// The tables of one row's groups, by bytes, for vectors that do not hold them.
 template <int kBits>
-struct LevelValues {
+struct GroupByteValues {
   static constexpr bool kLoose = false, kScaled = false;
-  const float* scales;  // (bits + 1, stride), the offset last
-  int64_t stride;
+  const float* tables;  // (groups, 2^bits)
   Groups groups;
-  float values[1 << kBits];
+  BytePlanes<float> table{tables, 1 << kBits};
 
-  LevelValues decoder() const { return *this; }
-  void start(int64_t run) {
+  GroupByteValues decoder() const { return *this; }
+  JAXQ_INLINE void start(int64_t run) {
     groups.start(run);
     enter();
   }
-  void next() {
+  JAXQ_INLINE void next() {
     if (groups.next()) enter();
   }
-  void enter() {
-    const float* at = scales + groups.at();
-    values[0] = at[kBits * stride];
-    for (int j = 0; j < kBits; ++j)
-      for (int code = 0; code < 1 << j; ++code) values[(1 << j) + code] = values[code] + at[j * stride];
-  }
+  JAXQ_APART void enter() { table = BytePlanes<float>(tables + (groups.at() << kBits), 1 << kBits); }
   template <class R>
-  Four operator()(R, V codes) const { return BytePlanes<float>(values, 1 << kBits)(codes); }
+  JAXQ_INLINE Four operator()(R, V codes) const { return table(codes); }
 };
 
 template <class T>
@@ -425,12 +418,13 @@ alignas(64) constexpr float kSet[16] = {
     (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
 
 template <int kBits>
-inline F table_of(const Table& table, int64_t row) {
+inline F table_of(const Table& table, int64_t row, int64_t group) {
   constexpr int kEntries = 1 << kBits;
+  const int64_t at = (row * table.groups + group) * kEntries;
   switch (table.type) {
-    case kFloat32: return Simd::repeated<kEntries>(static_cast<const float*>(table.values) + row * kEntries);
-    case kFloat16: return Simd::repeated<kEntries>(static_cast<const Half*>(table.values) + row * kEntries);
-    case kBFloat16: return Simd::repeated<kEntries>(static_cast<const BFloat*>(table.values) + row * kEntries);
+    case kFloat32: return Simd::repeated<kEntries>(static_cast<const float*>(table.values) + at);
+    case kFloat16: return Simd::repeated<kEntries>(static_cast<const Half*>(table.values) + at);
+    case kBFloat16: return Simd::repeated<kEntries>(static_cast<const BFloat*>(table.values) + at);
   }
   return Simd::zerof();
 }
