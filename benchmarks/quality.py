@@ -27,13 +27,18 @@ from jaxq import data, evaluate, losses, models, recipes
 GROUPS = {2: 128, 3: 128, 4: 64}
 SPARSITY = 0.0045
 
+#: Inputs that share a table where tables have groups: 1/2, 1 and 2 bits a weight for float16 entries.
+TABLES = 128
+
 #: {name in the table: (recipe, settings)}, in the order of the table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
     "kmeans": ("kmeans", {}),
+    "kmeans, groups": ("kmeans", {"group_size": TABLES}),
     "squeezellm, lloyd": ("squeezellm", {"method": "lloyd"}),
     "squeezellm": ("squeezellm", {}),
+    "squeezellm, groups": ("squeezellm", {"group_size": TABLES}),
     "squeezellm + 0.45%": ("squeezellm", {"sparsity": SPARSITY}),
     "lnq": ("lnq", {}),
     "lnq, fisher start": ("lnq", {"importance": "fisher"}),

@@ -38,7 +38,7 @@ CASES = [
     ("tpu-v4", Codebook(2, "float32", 128), 600, 20, 3),
     ("tpu-v5", Codebook(3, "float16", 64), 300, 130, 2),
     ("tpu-v5", Codebook(4, "float32", 256), 513, 40, 17),
-    ("tpu-v6", Codebook(4, "float16", 16), 300, 200, 3),
+    ("tpu-v6", Codebook(4, "float16", 64), 300, 200, 3),
 ]
 
 

@@ -25,6 +25,7 @@ PROGRAM = Path(__file__).with_name("tpu_compile.py")
 FORMATS = [
     *(Uniform(bits, 128) for bits in (2, 3, 4)),
     *(Codebook(bits) for bits in (2, 3, 4)),
+    *(Codebook(bits, group_size=group) for bits, group in ((2, 64), (3, 128), (4, 64), (4, 256))),
     *(BitPlane(bits, 128) for bits in (2, 3, 4)),
 ]
 

@@ -28,8 +28,8 @@ DEEP = 64
 #: Where a look-up gives a whole tile at once, the depth of the matrix unit.
 DEEP_HALVES = 256
 
-#: Inputs that share a table: whole tiles, and not more than the smallest block.
-GROUPS = (16, 32, 64, 128, 256)
+#: Inputs that share a table: not more than the smallest block, and not so few that tables fill the memory.
+GROUPS = (64, 128, 256)
 
 
 def unsupported(array: Any) -> str:
