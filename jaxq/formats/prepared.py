@@ -211,6 +211,8 @@ class PreparedArray(QuantizedArray):
         return blocks % shards == 0 and (groups == 1 or (groups % shards == 0 and groups > shards))
 
 
+# Jitted, so that layers of the same shape are traced and lowered once.
+@jax.jit
 def _reference(x: Array, array: PreparedArray) -> Array:
     return jnp.matmul(x, array.matrix(x.dtype))
 

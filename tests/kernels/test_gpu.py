@@ -95,8 +95,10 @@ def test_layout_comes_back(format, width):
 @pytest.mark.parametrize("spread", [True, False])
 def test_words_are_full(bits, spread):
     order = words.order_for(bits, 64, spread)
-    places = [(plane, place + bit) for *_, width, plane, place in order.fields() for bit in range(width)]
-    assert sorted(places) == [(plane, bit) for plane in range(order.planes) for bit in range(32)]
+    low, top = order.places()
+    used = [(member, place + bit) for (member, *_), place in np.ndenumerate(low) for bit in range(order.low_bits)]
+    used += [(2, place) for place in top.flat] if bits == 3 else []
+    assert sorted(used) == [(plane, bit) for plane in range(order.planes) for bit in range(32)]
 
 
 @pytest.mark.parametrize(("format", "width"), CASES, ids=str)

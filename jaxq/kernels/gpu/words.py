@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt8, UInt32
 
 #: Words of a line of the cache, 128 bytes: of one plane of a sub-block where groups do not decide.
@@ -23,11 +24,11 @@ RUN = 32
 #: Rows are whole lines if that adds no more than one part in so many.
 LITTLE = 16
 
+#: For each code of a place (member of a block, pair, half).
+Places = UInt32[np.ndarray, "members pairs 2"]
+
 #: Bits of a code: (pairs in a word, members of a block).
 UNITS = {4: (4, 1), 3: (8, 2), 2: (8, 1)}
-
-#: One field of a code: (member, pair, half, first bit of the code, width, plane, place in its word).
-Field = tuple[int, int, int, int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Order:
         return 3 if self.bits == 3 else 1
 
     @property
+    def low_bits(self) -> int:
+        """Bits of a code's lower part."""
+        return 2 if self.bits == 3 else self.bits
+
+    @property
     def member_inputs(self) -> int:
         return 2 * self.pairs * self.run
 
@@ -66,21 +72,18 @@ class Order:
     def inputs_in(self, row_words: int) -> int:
         return row_words // self.block_words * self.block_inputs
 
-    def fields(self) -> list[Field]:
-        """Where each part of each code of a place lies."""
-        wide = 2 if self.bits == 3 else self.bits
-        found: list[Field] = []
-        for member in range(self.members):
-            for i in range(self.pairs):
-                for half in (0, 1):
-                    found.append((member, i, half, 0, wide, member, self._low(i, half, wide)))
-                    if self.bits == 3:
-                        found.append((member, i, half, 2, 1, 2, self._top(member, i, half)))
-        return found
+    def places(self) -> tuple[Places, Places]:
+        """Where in its word each code's lower part begins, and of codes of 3 bits the top bit, in a third word."""
+        every = [
+            [[(self._low(i, half), self._top(member, i, half)) for half in (0, 1)] for i in range(self.pairs)]
+            for member in range(self.members)
+        ]
+        low, top = np.moveaxis(np.asarray(every, np.uint32), -1, 0)
+        return low, top
 
-    def _low(self, i: int, half: int, wide: int) -> int:
+    def _low(self, i: int, half: int) -> int:
         if self.spread:
-            return 16 * half + wide * i
+            return 16 * half + self.low_bits * i
         # Neighbouring nibbles are a pair; codes of two bits take turns in them.
         turn, nibble = divmod(2 * i + half, 8)
         return 4 * nibble + 2 * turn
@@ -135,29 +138,25 @@ def pack(codes: UInt8[Array, "*batch in out"], order: Order) -> UInt32[Array, "*
     whole = -(-blocks // lines) * lines
     blocks = whole if LITTLE * (whole - blocks) <= blocks else blocks
     padding = [(0, 0)] * len(batch) + [(0, 0), (0, blocks * order.block_inputs - in_size)]
-    rows = jnp.pad(jnp.swapaxes(codes, -1, -2), padding)
-    places = rows.reshape((*batch, out_size, blocks, order.members, order.pairs, order.run, 2)).astype(jnp.uint32)
-    words: list[Any] = [jnp.uint32(0)] * order.planes
-    for member, i, half, first, width, plane, place in order.fields():
-        part = (places[..., member, i, :, half] >> first) & (2**width - 1)
-        words[plane] = words[plane] | (part << place)
-    return jnp.stack(words, axis=-2).reshape((*batch, out_size, -1))
+    rows = jnp.pad(jnp.swapaxes(codes, -1, -2), padding).astype(jnp.uint32)
+    codes = rows.reshape((*batch, out_size, blocks, order.members, order.pairs, order.run, 2))
+    low, top = (places[:, :, None, :] for places in order.places())
+    words = jnp.sum((codes & (2**order.low_bits - 1)) << low, axis=(-3, -1), dtype=jnp.uint32)
+    if order.bits == 3:
+        third = jnp.sum((codes >> 2) << top, axis=(-4, -3, -1), dtype=jnp.uint32)
+        words = jnp.concatenate([words, third[..., None, :]], axis=-2)
+    return words.reshape((*batch, out_size, -1))
 
 
 def unpack(rows: UInt32[Array, "*batch out words"], order: Order, in_size: int) -> UInt8[Array, "*batch in out"]:
     """The first `in_size` codes of rows made by `pack`."""
     *batch, out_size, _ = rows.shape
-    planes = rows.reshape((*batch, out_size, -1, order.planes, order.run))
-    found: dict[tuple[int, int, int], Array] = {}
-    for member, i, half, first, width, plane, place in order.fields():
-        part = ((planes[..., plane, :] >> place) & (2**width - 1)) << first
-        found[member, i, half] = found.get((member, i, half), jnp.uint32(0)) | part
-    codes = [
-        jnp.stack([found[member, i, half].astype(jnp.uint8) for half in (0, 1)], axis=-1)
-        for member in range(order.members)
-        for i in range(order.pairs)
-    ]
-    whole = jnp.stack(codes, axis=-3).reshape((*batch, out_size, -1))
+    planes = rows.reshape((*batch, out_size, -1, order.planes, 1, order.run, 1))
+    low, top = (places[:, :, None, :] for places in order.places())
+    codes = (planes[..., : order.members, :, :, :] >> low) & (2**order.low_bits - 1)
+    if order.bits == 3:
+        codes = codes | ((planes[..., 2:, :, :, :] >> top) & 1) << 2
+    whole = codes.astype(jnp.uint8).reshape((*batch, out_size, -1))
     return jnp.swapaxes(whole[..., :in_size], -1, -2)
 
 
