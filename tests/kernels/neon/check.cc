@@ -171,14 +171,17 @@ Floats floating(const Kernels& k, const Shape& s, const Bytes& codes, const Floa
 void check_floats(const Kernels& k, int bits, int64_t tokens, ScaleType type) {
   const Shape s(bits, tokens, kInputs);
   const std::string of = " of " + std::to_string(bits) + " bits, " + std::to_string(tokens) + " tokens, type " + std::to_string(type);
-  const Bytes codes = random_bytes(kRows * s.row_bytes), table = random_scales(kRows << bits, type);
+  const Bytes codes = random_bytes(kRows * s.row_bytes), table = random_scales(kRows * kGroups << bits, type);
   const Bytes scale = random_scales(kRows * (bits + 1) * kPadded, type), zero = random_bytes(kRows * kPadded, (1 << bits) - 1);
   const Floats x = random_floats(tokens * kInputs);
   const auto both = [&](const char* name, const auto& product) {
     close(floating(kScalar, s, codes, x, product), floating(k, s, codes, x, product), name + of);
   };
   both("lookup", [&](const auto& f, const Codes& c, const float* ordered, float* scratch) {
-    f.lookup(c, Table{table.data(), type}, ordered, 0, kRows, scratch);
+    f.lookup(c, Table{table.data(), type, 1, s.padded / kRun}, ordered, 0, kRows, scratch);
+  });
+  both("lookup in groups", [&](const auto& f, const Codes& c, const float* ordered, float* scratch) {
+    f.lookup(c, Table{table.data(), type, kGroups, kGroupRuns}, ordered, 0, kRows, scratch);
   });
   both("grid", [&](const auto& f, const Codes& c, const float* ordered, float* scratch) {
     f.grid(c, Grid{scale.data(), type, zero.data(), kPadded, kGroups, kGroupRuns}, ordered, 0, kRows, scratch);
