@@ -110,6 +110,8 @@ inline uint8x16_t vzip1q_u8(uint8x16_t a, uint8x16_t b) { return arm::zip(a, b, 
 inline uint8x16_t vzip2q_u8(uint8x16_t a, uint8x16_t b) { return arm::zip(a, b, 8); }
 inline uint16x8_t vzip1q_u16(uint16x8_t a, uint16x8_t b) { return arm::zip(a, b, 0); }
 inline uint16x8_t vzip2q_u16(uint16x8_t a, uint16x8_t b) { return arm::zip(a, b, 4); }
+inline float32x4_t vzip1q_f32(float32x4_t a, float32x4_t b) { return arm::zip(a, b, 0); }
+inline float32x4_t vzip2q_f32(float32x4_t a, float32x4_t b) { return arm::zip(a, b, 2); }
 inline uint16x8_t vmovl_u8(uint8x8_t a) { return arm::wider<uint16x8_t>(a); }
 inline uint32x4_t vmovl_u16(uint16x4_t a) { return arm::wider<uint32x4_t>(a); }
 inline uint32x4_t vshll_n_u16(uint16x4_t a, int n) { return arm::wider<uint32x4_t>(a) << n; }

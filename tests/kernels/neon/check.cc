@@ -114,6 +114,9 @@ Records records(const Bytes& some, const Floats& numbers) {
   out.add("setf", Simd::setf(numbers[0])), out.add("zerof", Simd::zerof());
   out.add("addf", Simd::addf(x, y)), out.add("subf", Simd::subf(x, y)), out.add("mulf", Simd::mulf(x, y));
   out.add("fma", Simd::fma(x, y, z)), out.add("add_bits", Simd::add_bits(x, y, p[0])), out.add("sum", Simd::sum(x));
+  std::decay_t<decltype(x)> low = x, high = x;
+  Simd::interleave(x, y, &low, &high);
+  out.add("interleave", low), out.add("interleave", high);
   out.add("bytes_to_float", Simd::bytes_to_float(p));
   float stored[4];
   Simd::storef(stored, y);

@@ -274,27 +274,17 @@ void grid_bits(const Codes& c, const Grid& grid, const X* x, int64_t begin, int6
 
 template <int kBits, class X>
 void levels_bits(const Codes& c, const Levels& levels, const X* x, int64_t begin, int64_t end, float* scratch) {
-  const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
+  const int64_t stride = levels.padded_groups;
+  constexpr int64_t kEntries = 1 << kBits;
   const Groups groups{levels.group_runs, levels.groups};
   X* tables = tables_in<X>(scratch);
-  float* scales = scales_in(scratch, stride);
   const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
-    if constexpr (kFits<kBits>) {
-      constexpr int64_t kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
-      const Range range = groups_in<kBits>(groups, first, last);
-      for (int r = 0; r < rows.value; ++r)
-        level_tables<kBits>(levels, row + r, range, scales, tables + r * stride * kEntries);
+    const Range range = groups_in<kBits>(groups, first, last);
+    for (int r = 0; r < rows.value; ++r) level_tables<kBits>(levels, row + r, range, tables + r * stride * kEntries);
+    if constexpr (kFits<kBits>)
       return TableValues<kBits, rows.value, X>{tables, stride * kEntries, kEntries, groups};
-    } else {
-      widen(levels.scale, levels.type, row * count, count, scales);
-      for (int64_t g = 0; g < groups.count; ++g) {
-        X* values = tables + (g << kBits);
-        values[0] = scales[kBits * stride + g];
-        for (int j = 0; j < kBits; ++j)
-          for (int code = 0; code < 1 << j; ++code) values[(1 << j) + code] = values[code] + scales[j * stride + g];
-      }
+    else
       return GroupByteValues<kBits>{tables, groups};
-    }
   };
   products<kBits>(c, values_of, x, begin, end, scratch);
 }

@@ -530,7 +530,7 @@ ffi::Error levels(ffi::ThreadPool pool, Activations x, ffi::Buffer<ffi::U8> code
   if (!shape.groups(group_size, levels.padded_groups, &levels.groups, &levels.group_runs)) return wrong("groups do not fit");
   const char* scales = static_cast<const char*>(scale.untyped_data());
   Products(pool, batch, shape, codes, bits, y->typed_data())
-      .run(kernels(), x, code_scratch(levels.padded_groups, bits + 1),
+      .run(kernels(), x, code_scratch(levels.padded_groups, 0),
            [&](int64_t b, const auto& k, const Codes& c, const auto* ordered, auto... rest) {
              Levels of = levels;
              of.scale = scales + batch.at(2, b) * c.rows * (bits + 1) * levels.padded_groups * bytes;

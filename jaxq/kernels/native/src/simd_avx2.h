@@ -56,6 +56,10 @@ struct Simd {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  static void interleave(F a, F b, F* low, F* high) {
+    const F first = _mm256_unpacklo_ps(a, b), second = _mm256_unpackhi_ps(a, b);
+    *low = _mm256_permute2f128_ps(first, second, 0x20), *high = _mm256_permute2f128_ps(first, second, 0x31);
+  }
 
   static F bytes_to_float(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

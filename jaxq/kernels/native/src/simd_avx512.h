@@ -50,6 +50,10 @@ struct Simd {
     return _mm512_mask_add_ps(sum, static_cast<__mmask16>(bits), sum, scale);
   }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static void interleave(F a, F b, F* low, F* high) {
+    const V first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *low = _mm512_permutex2var_ps(a, first, b), *high = _mm512_permutex2var_ps(a, add32(first, set32(8)), b);
+  }
 #if defined(JAXQ_ISA_AVX512BF16)
   // Of bfloat16 a vector has 32: n numbers again and again, and in a product the sums of neighbours.
   static V loadf(const BFloat* p) { return load(p); }

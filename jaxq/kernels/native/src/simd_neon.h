@@ -99,6 +99,7 @@ struct Simd {
     return vaddq_f32(sum, vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(scale))));
   }
   static float sum(F a) { return vaddvq_f32(a); }
+  static void interleave(F a, F b, F* low, F* high) { *low = vzip1q_f32(a, b), *high = vzip2q_f32(a, b); }
 
   static F bytes_to_float(const uint8_t* p) {
     uint32_t four;

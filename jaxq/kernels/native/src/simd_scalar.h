@@ -87,6 +87,10 @@ struct Simd {
     return sum;
   }
   static float sum(F a) { return (a.f[0] + a.f[1]) + (a.f[2] + a.f[3]); }
+  // The elements of two vectors in turns, as two vectors.
+  static void interleave(F a, F b, F* low, F* high) {
+    *low = F{{a.f[0], b.f[0], a.f[1], b.f[1]}}, *high = F{{a.f[2], b.f[2], a.f[3], b.f[3]}};
+  }
 
   static F bytes_to_float(const uint8_t* p) {
     return F{{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};

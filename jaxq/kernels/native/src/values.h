@@ -210,8 +210,7 @@ struct Groups {
   int64_t at() const { return group < count ? group : count - 1; }
 };
 
-// The tables of kRows rows for each group, where tables fit vectors. Numbers of a table fill a vector of floats; those of
-// bfloat16 are repeated as they are loaded.
+// The tables of kRows rows for each group, where tables fit vectors, which they fill as they are loaded.
 template <int kBits, int kRows, class X>
 class TableDecoder {
  public:
@@ -231,9 +230,8 @@ class TableDecoder {
 
  private:
   JAXQ_INLINE void enter() {
-    constexpr int kEntries = kVectors<X> == 2 ? 1 << kBits : Simd::kFloats;
     const X* at = tables_ + groups_.at() * stride_;
-    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::template table<kEntries>(at + r.value * row_stride_); });
+    each<kRows>([&](auto r) JAXQ_INLINE { table_[r.value] = Simd::template table<1 << kBits>(at + r.value * row_stride_); });
   }
 
   const X* tables_;
@@ -410,13 +408,6 @@ template <int kBits, int kMask = (1 << kBits) - 1>
 alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
     8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
 
-// Whether bit kBit of a code is set.
-template <int kBit, int kOne = 1 << kBit>
-alignas(64) constexpr float kSet[16] = {
-    0, (1 & kOne) != 0, (2 & kOne) != 0, (3 & kOne) != 0, (4 & kOne) != 0, (5 & kOne) != 0, (6 & kOne) != 0,
-    (7 & kOne) != 0, (8 & kOne) != 0, (9 & kOne) != 0, (10 & kOne) != 0, (11 & kOne) != 0, (12 & kOne) != 0,
-    (13 & kOne) != 0, (14 & kOne) != 0, (15 & kOne) != 0};
-
 template <int kBits>
 inline F table_of(const Table& table, int64_t row, int64_t group) {
   constexpr int kEntries = 1 << kBits;
@@ -446,37 +437,41 @@ inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
   return {begin < groups.count ? begin : groups.count - 1, end < groups.count ? end : groups.count};
 }
 
-// The tables of some groups of a row of levels, one after the other; `widened` has room for the scales of a row.
-template <int kBits>
-inline void level_tables(const Levels& levels, int64_t row, Range range, float* widened, float* to) {
-  const int64_t stride = levels.padded_groups, count = (kBits + 1) * stride;
-  widen(levels.scale, levels.type, row * count, count, widened);
-  for (int64_t group = range.begin; group < range.end; ++group) {
-    F sum = Simd::setf(widened[kBits * stride + group]);
-    each<kBits>([&](auto j) JAXQ_INLINE {
-      sum = Simd::fma(Simd::loadf(kSet<j.value>), Simd::setf(widened[j.value * stride + group]), sum);
+// The first elements of n vectors one after the other, then the second ones, and so on; n is a power of two. All of them in
+// a row are cut in half and interleaved, again and again.
+template <int n>
+JAXQ_INLINE inline void transpose(const F* v, float* to) {
+  F now[n], next[n];
+  each<n>([&](auto i) JAXQ_INLINE { now[i.value] = v[i.value]; });
+  each<(n > 1) + (n > 2) + (n > 4) + (n > 8)>([&](auto) JAXQ_INLINE {
+    each<n / 2>([&](auto i) JAXQ_INLINE {
+      Simd::interleave(now[i.value], now[i.value + n / 2], &next[2 * i.value], &next[2 * i.value + 1]);
     });
-    Simd::storef(to + group * Simd::kFloats, sum);
-  }
+    each<n>([&](auto i) JAXQ_INLINE { now[i.value] = next[i.value]; });
+  });
+  each<n>([&](auto i) JAXQ_INLINE { Simd::storef(to + i.value * Simd::kFloats, now[i.value]); });
 }
-
 #if defined(JAXQ_ISA_AVX512BF16)
-// 16 groups at a time.
-template <int kBits, class T>
-JAXQ_APART void level_tables_of(const T* scales, int64_t stride, Range range, BFloat* to) {
-  for (int64_t group = range.begin & -16; group < range.end; group += 16) {
+template <int n>
+JAXQ_INLINE inline void transpose(const F* v, BFloat* to) { Simd::transpose<n>(v, to); }
+#endif
+
+template <int kBits, class T, class X>
+JAXQ_APART void level_tables_of(const T* scales, int64_t stride, Range range, X* to) {
+  for (int64_t group = range.begin & -Simd::kFloats; group < range.end; group += Simd::kFloats) {
     F sums[1 << kBits];
     sums[0] = Simd::scales(scales + kBits * stride + group);
     each<kBits>([&](auto j) JAXQ_INLINE {
       const F scale = Simd::scales(scales + j.value * stride + group);
       each<(1 << j.value)>([&](auto code) JAXQ_INLINE { sums[(1 << j.value) + code.value] = Simd::addf(sums[code.value], scale); });
     });
-    Simd::transpose<1 << kBits>(sums, to + (group << kBits));
+    transpose<1 << kBits>(sums, to + (group << kBits));
   }
 }
 
-template <int kBits>
-inline void level_tables(const Levels& levels, int64_t row, Range range, float*, BFloat* to) {
+// The tables of some groups of a row of levels, one after the other; as many groups at a time as a vector has floats.
+template <int kBits, class X>
+inline void level_tables(const Levels& levels, int64_t row, Range range, X* to) {
   const int64_t stride = levels.padded_groups, at = row * (kBits + 1) * stride;
   switch (levels.type) {
     case kFloat32: return level_tables_of<kBits>(static_cast<const float*>(levels.scale) + at, stride, range, to);
@@ -484,6 +479,5 @@ inline void level_tables(const Levels& levels, int64_t row, Range range, float*,
     case kBFloat16: return level_tables_of<kBits>(static_cast<const BFloat*>(levels.scale) + at, stride, range, to);
   }
 }
-#endif
 
 }  // namespace
