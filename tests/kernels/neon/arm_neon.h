@@ -18,6 +18,9 @@ JAXQ_LANES(uint32x4_t, uint32_t, 16);
 JAXQ_LANES(int32x4_t, int32_t, 16);
 JAXQ_LANES(float32x4_t, float, 16);
 #undef JAXQ_LANES
+struct uint8x16x4_t {
+  uint8x16_t val[4];
+};
 struct float16x4_t {
   uint16_t bits[4];
 };
@@ -104,6 +107,11 @@ inline float vaddvq_f32(float32x4_t a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline uint8x16_t vqtbl1q_u8(uint8x16_t table, uint8x16_t index) {
   uint8x16_t to{};
   for (int i = 0; i < 16; ++i) to[i] = index[i] < 16 ? table[index[i]] : 0;
+  return to;
+}
+inline uint8x16x4_t vld4q_u8(const uint8_t* p) {
+  uint8x16x4_t to{};
+  for (int i = 0; i < 64; ++i) to.val[i % 4][i / 4] = p[i];
   return to;
 }
 inline uint8x16_t vzip1q_u8(uint8x16_t a, uint8x16_t b) { return arm::zip(a, b, 0); }

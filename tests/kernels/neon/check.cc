@@ -118,6 +118,11 @@ Records records(const Bytes& some, const Floats& numbers) {
   Simd::interleave(x, y, &low, &high);
   out.add("interleave", low), out.add("interleave", high);
   out.add("bytes_to_float", Simd::bytes_to_float(p));
+  std::decay_t<decltype(a)> planes[4];
+  Floats sixteen(numbers);
+  sixteen.resize(16, 1.5f);
+  Simd::byte_planes(sixteen.data(), planes);
+  for (const auto& plane : planes) out.add("byte_planes", plane);
   float stored[4];
   Simd::storef(stored, y);
   out.add("storef", stored);

@@ -61,6 +61,18 @@ struct Simd {
     *low = _mm256_permute2f128_ps(first, second, 0x20), *high = _mm256_permute2f128_ps(first, second, 0x31);
   }
 
+  static void byte_planes(const float* p, V* planes) {
+    const __m128i order = _mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12);
+    const auto some = [&](int i) { return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * i)), order); };
+    const __m128i a = some(0), b = some(1), c = some(2), d = some(3);
+    const __m128i low[2] = {_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d)};
+    const __m128i high[2] = {_mm_unpackhi_epi32(a, b), _mm_unpackhi_epi32(c, d)};
+    planes[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(low[0], low[1]));
+    planes[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(low[0], low[1]));
+    planes[2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(high[0], high[1]));
+    planes[3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(high[0], high[1]));
+  }
+
   static F bytes_to_float(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }

@@ -92,6 +92,9 @@ struct Simd {
   }
 #endif
 
+  // Only declared: vectors hold tables of 16 floats.
+  static void byte_planes(const float* p, V* planes);
+
   static F bytes_to_float(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }

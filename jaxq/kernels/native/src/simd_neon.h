@@ -101,6 +101,11 @@ struct Simd {
   static float sum(F a) { return vaddvq_f32(a); }
   static void interleave(F a, F b, F* low, F* high) { *low = vzip1q_f32(a, b), *high = vzip2q_f32(a, b); }
 
+  static void byte_planes(const float* p, V* planes) {
+    const uint8x16x4_t bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(p));
+    for (int b = 0; b < 4; ++b) planes[b] = bytes.val[3 - b];
+  }
+
   static F bytes_to_float(const uint8_t* p) {
     uint32_t four;
     __builtin_memcpy(&four, p, 4);

@@ -92,6 +92,15 @@ struct Simd {
     *low = F{{a.f[0], b.f[0], a.f[1], b.f[1]}}, *high = F{{a.f[2], b.f[2], a.f[3], b.f[3]}};
   }
 
+  // The bytes of 16 floats, in all lanes, the most significant ones first.
+  static void byte_planes(const float* p, V* planes) {
+    for (int i = 0; i < 16; ++i) {
+      uint32_t word;
+      std::memcpy(&word, p + i, 4);
+      for (int b = 0; b < 4; ++b) planes[b].b[i] = static_cast<uint8_t>(word >> (24 - 8 * b));
+    }
+  }
+
   static F bytes_to_float(const uint8_t* p) {
     return F{{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};
   }

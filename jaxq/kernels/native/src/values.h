@@ -144,17 +144,15 @@ struct BytePlanes {
   explicit BytePlanes(const T* values, int entries) {
     // Codes never exceed the entries; the rest is filled so that nothing is left undefined.
     T all[16];
-    for (int i = 0; i < 16; ++i) all[i] = values[i & (entries - 1)];
-    float wide[16];
-    for (int i = 0; i < 16; i += Simd::kFloats) Simd::storef(wide + i, Simd::scales(all + i));
-    // The most significant byte first.
-    uint8_t bytes[16 * kBytesOfValue];
-    for (int i = 0; i < 16; ++i) {
-      uint32_t word;
-      __builtin_memcpy(&word, wide + i, 4);
-      for (int p = 0; p < kBytesOfValue; ++p) bytes[16 * p + i] = static_cast<uint8_t>(word >> (24 - 8 * p));
+    if (entries < 16) {
+      for (int i = 0; i < 16; ++i) all[i] = values[i & (entries - 1)];
+      values = all;
     }
-    for (int p = 0; p < kBytesOfValue; ++p) planes[p] = Simd::broadcast16(bytes + 16 * p);
+    float wide[16];
+    for (int i = 0; i < 16; i += Simd::kFloats) Simd::storef(wide + i, Simd::scales(values + i));
+    V bytes[4];
+    Simd::byte_planes(wide, bytes);
+    for (int p = 0; p < kBytesOfValue; ++p) planes[p] = bytes[p];
   }
   Four operator()(V codes) const {
     const V zero = Simd::zero();
