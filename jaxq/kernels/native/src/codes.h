@@ -211,10 +211,16 @@ inline float* scales_in(float* scratch, int64_t groups) { return tables_in(scrat
 template <int kBits, class X>
 void lookup_bits(const Codes& c, const Table& table, const X* x, int64_t begin, int64_t end, float* scratch) {
   const Groups groups{table.group_runs, table.groups};
+  constexpr int64_t kEntries = 1 << kBits;
+  const int64_t count = table.groups * kEntries;
+  X* tables = tables_in<X>(scratch);
   if constexpr (kFits<kBits>) {
-    X* tables = tables_in<X>(scratch);
     const auto values_of = [&](int64_t row, auto rows, int64_t first, int64_t last) {
       const Range range = groups_in<kBits>(groups, first, last);
+      if (count >= Simd::kFloats) {
+        for (int r = 0; r < rows.value; ++r) group_tables<kBits>(table, row + r, range, tables + r * count);
+        return TableValues<kBits, rows.value, X>{tables, count, kEntries, groups};
+      }
       for (int64_t g = range.begin; g < range.end; ++g)
         each<rows.value>([&](auto r) {
           Simd::storef(tables + (g * rows.value + r.value) * Simd::kFloats, table_of<kBits>(table, row + r.value, g));
@@ -223,13 +229,8 @@ void lookup_bits(const Codes& c, const Table& table, const X* x, int64_t begin, 
     };
     products<kBits>(c, values_of, x, begin, end, scratch);
   } else if (table.groups > 1) {
-    float* tables = tables_in(scratch);
-    const int64_t count = table.groups << kBits;
-    const auto values_of = [&](int64_t row, auto, int64_t, int64_t) {
-      // Whole vectors, the last one again from where it ends: a table of two may leave a rest.
-      const int64_t last = count - Simd::kFloats;
-      widen(table.values, table.type, row * count, last + 1, tables);
-      widen(table.values, table.type, row * count + last, Simd::kFloats, tables + last);
+    const auto values_of = [&](int64_t row, auto, int64_t first, int64_t last) {
+      group_tables<kBits>(table, row, groups_in<kBits>(groups, first, last), tables);
       return GroupByteValues<kBits>{tables, groups};
     };
     products<kBits>(c, values_of, x, begin, end, scratch);

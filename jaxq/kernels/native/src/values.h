@@ -406,6 +406,11 @@ template <int kBits, int kMask = (1 << kBits) - 1>
 alignas(64) constexpr float kCodes[16] = {0, 1 & kMask, 2 & kMask, 3 & kMask, 4 & kMask, 5 & kMask, 6 & kMask, 7 & kMask,
     8 & kMask, 9 & kMask, 10 & kMask, 11 & kMask, 12 & kMask, 13 & kMask, 14 & kMask, 15 & kMask};
 
+// Some groups of a row.
+struct Range {
+  int64_t begin, end;
+};
+
 template <int kBits>
 inline F table_of(const Table& table, int64_t row, int64_t group) {
   constexpr int kEntries = 1 << kBits;
@@ -418,15 +423,31 @@ inline F table_of(const Table& table, int64_t row, int64_t group) {
   return Simd::zerof();
 }
 
+template <class T, class X>
+inline void group_tables_of(const T* values, int64_t begin, int64_t end, int64_t count, X* to) {
+  for (int64_t i = begin; i < end; i += Simd::kFloats) {
+    // Whole vectors, the last one again from where it ends.
+    const int64_t at = i + Simd::kFloats <= count ? i : count - Simd::kFloats;
+    Simd::storef(to + at, Simd::scales(values + at));
+  }
+}
+
+// The tables of some groups of a row, of which all have at least as many numbers as a vector.
+template <int kBits, class X>
+inline void group_tables(const Table& table, int64_t row, Range range, X* to) {
+  const int64_t count = table.groups << kBits, begin = range.begin << kBits, end = range.end << kBits;
+  const auto of = [&](const auto* values) { group_tables_of(values + row * count, begin, end, count, to); };
+  switch (table.type) {
+    case kFloat32: return of(static_cast<const float*>(table.values));
+    case kFloat16: return of(static_cast<const Half*>(table.values));
+    case kBFloat16: return of(static_cast<const BFloat*>(table.values));
+  }
+}
+
 template <int kBits>
 inline F grid_table(const float* scales, const float* zeros, int64_t group) {
   return Simd::mulf(Simd::subf(Simd::loadf(kCodes<kBits>), Simd::setf(zeros[group])), Simd::setf(scales[group]));
 }
-
-// Some groups of a row.
-struct Range {
-  int64_t begin, end;
-};
 
 template <int kBits>
 inline Range groups_in(const Groups& groups, int64_t first, int64_t last) {
