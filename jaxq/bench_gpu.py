@@ -51,12 +51,12 @@ TILES = tuple(
 FEW = tuple(
     warpgroups.Settings(64, 64, share, split, 1, stages)
     for share, stages in ((4, 2), (2, 2), (2, 4), (1, 4))
-    for split in (1, 2)
+    for split in (1, 2, 4)
 )
 MANY = tuple(
     warpgroups.Settings(rows, width, share, split, cluster, stages)
-    for rows, width, share, stages in ((128, 256, 1, 3), (128, 256, 1, 2), (128, 128, 1, 3), (64, 256, 2, 2))
-    for split in (1, 2)
+    for rows, width, share, stages in ((128, 256, 1, 3), (128, 256, 1, 2), (128, 128, 1, 3), (64, 128, 2, 3))
+    for split in (1, 2, 4)
     for cluster in (1, 2)
 )
 

@@ -26,6 +26,15 @@ def lowering() -> Any:
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
+def store(ref: Any, value: Array) -> None:
+    """`ref[...] = value`, where lanes may meet in banks of memory: from jax 0.12 on an assignment refuses that."""
+    mosaic_gpu = lowering()
+    if hasattr(mosaic_gpu, "store"):
+        mosaic_gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def words_layout() -> Any:
     """Of `(64, words)`: lane `4 r + q` of a warp has words `q + 4 m` of rows `r` and `r + 8`."""
     from jax.experimental.mosaic import gpu as mosaic

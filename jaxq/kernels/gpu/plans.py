@@ -26,8 +26,8 @@ LEAST_TOKENS = 8
 #: Bytes of shared memory for all that is copied, and pieces of inputs that are copied ahead at most.
 SHARED, MOST_PIECES = 232448 - 2048, 8
 
-#: Processors of an H100.
-PROCESSORS = 132
+#: Processors of an H100, and programs that share inputs at most where nobody asks for more.
+PROCESSORS, MOST_SPLIT = 132, 4
 
 #: Registers of a thread that copies.
 COPY_REGISTERS = 24
@@ -41,7 +41,7 @@ class Settings:
         rows: outputs of a program, 64 for each warpgroup.
         tokens: tokens of a program at most, a multiple of 8 up to 256.
         share: warpgroups that share the inputs of an output.
-        split: programs that share them, whose sums are added afterwards.
+        split: programs that share them, and give their sums to each other.
         cluster: neighbouring programs that copy inputs for each other.
         stages: steps whose words are copied ahead, at most: fewer where shared memory ends.
     """
@@ -54,16 +54,21 @@ class Settings:
     stages: int = 3
 
 
-def default(tokens: int, bits: int, out_size: int) -> Settings:
-    """For what nobody searched: at least about a program for each processor of an H100."""
+def default(tokens: int, bits: int, in_size: int, out_size: int) -> Settings:
+    """For what nobody searched: about a program for each processor of an H100."""
     tiles = -(-out_size // ROWS)
     if tokens <= CHUNK:
         if tiles >= 3 * PROCESSORS:
             return Settings(2 * ROWS, CHUNK, 2, 1, 1, 2)
-        share = 4 if bits == 4 and tokens <= 32 else 2
-        return Settings(ROWS, CHUNK, share, 2 if tiles <= PROCESSORS // 2 else 1, 1, 3 if share == 4 else 4)
-    programs = -(-tiles // 2) * -(-tokens // 256)
-    return Settings(2 * ROWS, 256, 1, min(max(PROCESSORS // programs, 1), 4), 2, 3)
+        split = min(max(PROCESSORS // tiles, 1), MOST_SPLIT)
+        share = 4 if bits == 4 and tokens <= 32 and split == 1 else 2
+        return Settings(ROWS, CHUNK, share, split, 1, 2 if share == 4 else 4)
+    small = tiles * -(-tokens // DEPTH)
+    # Small tiles decode a weight for each of them, but need fewer programs to share inputs.
+    if small <= PROCESSORS and (tokens <= DEPTH or in_size < 8192):
+        return Settings(ROWS, DEPTH, 2, min(PROCESSORS // small, MOST_SPLIT), 1, 3)
+    split = min(max(PROCESSORS // (-(-tiles // 2) * -(-tokens // 256)), 1), MOST_SPLIT)
+    return Settings(2 * ROWS, 256, 1, split, 1 if split > 1 else 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +77,14 @@ class Plan:
 
     A program has `down * share` warpgroups that compute. A step of one of them is `words` of each of its outputs,
     `blocks` blocks of `inputs` inputs in all. Those come in `pieces` of `piece` inputs, which share a ring of
-    `ring` places; words have one of `stages`. `by_outputs`: whether results lie by outputs, not by tokens.
+    `ring` places; words have one of `stages`. Of `split` programs that share the inputs of outputs each adds the
+    sums of `owned` tokens, or the first one those of all.
     """
 
     tokens: int
     out_size: int
     width: int
+    owned: int
     down: int
     share: int
     split: int
@@ -90,7 +97,6 @@ class Plan:
     stages: int
     ring: int
     dtype: Any
-    by_outputs: bool
 
     @property
     def groups(self) -> int:
@@ -101,9 +107,9 @@ class Plan:
         return self.inputs // self.piece
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of the results."""
-        return (self.out_size, self.tokens) if self.by_outputs else (self.tokens, self.out_size)
+    def owners(self) -> int:
+        """Programs that add sums, of those that share inputs."""
+        return self.width // self.owned
 
     @property
     def registers(self) -> int:
@@ -130,7 +136,7 @@ def plan_for(tokens: int, weight: Weight, settings: Settings, dtype: Any) -> Pla
     # The smaller the more tokens there are, so that as many pieces as fit are on their way.
     piece = min(inputs, 256 if width <= 32 else CHUNK)
     steps = -(-row_words // (words * share * settings.split))
-    dtype = jnp.dtype(dtype if settings.split == 1 else jnp.float32)
+    owned = width // settings.split if width % (LEAST_TOKENS * settings.split) == 0 else width
     for stages in range(min(settings.stages, steps), 0, -1):
         left = SHARED - ROWS * down * words * share * 4 * stages
         ring = min(left // (share * width * piece * 2), steps * (inputs // piece), MOST_PIECES)
@@ -143,6 +149,7 @@ def plan_for(tokens: int, weight: Weight, settings: Settings, dtype: Any) -> Pla
         tokens=tokens,
         out_size=out_size,
         width=width,
+        owned=owned,
         down=down,
         share=share,
         split=settings.split,
@@ -155,7 +162,5 @@ def plan_for(tokens: int, weight: Weight, settings: Settings, dtype: Any) -> Pla
         steps=steps,
         stages=stages,
         ring=ring,
-        dtype=dtype,
-        # Sums of several programs are read again, and may lie as registers have them.
-        by_outputs=settings.split > 1 and width % (128 // dtype.itemsize) == 0,
+        dtype=jnp.dtype(dtype),
     )

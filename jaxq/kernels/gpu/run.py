@@ -98,7 +98,7 @@ def table_name(op: str, settings: Any, exact: bool) -> str:
 def _tuned(op: str, kernel: ModuleType, in_size: int, weight: Weight, tokens: int, exact: bool) -> Any:
     bits, out_size = weight.decoder.order.bits, weight.words.shape[0]
     if kernel is warpgroups:
-        default: Any = warpgroups.default(tokens, bits, out_size)
+        default: Any = warpgroups.default(tokens, bits, in_size, out_size)
     else:
         default = ROWS if kernel is rows else TILES
     name, group = table_name(op, default, exact), weight.decoder.group or in_size

@@ -6,16 +6,18 @@ shared memory. Words and inputs are copied there ahead, by a warpgroup of its ow
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from jaxq.kernels.dispatch import axes_of, vary_as
-from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, lowering, words_layout
+from jaxq.kernels.gpu.fragments import ROWS, Tile, Warpgroup, left_operand, lowering, store, words_layout
 from jaxq.kernels.gpu.plans import (
     CHUNK,
     COPY_REGISTERS,
@@ -60,11 +62,29 @@ def multiply(
     `exact` keeps `x` of another dtype in the range of float16 by a power of two for each token, so that bfloat16
     loses nothing. No overlay, and no decoder of bfloat16.
     """
+    assert not weight.overlay and weight.decoder.kind == jnp.float16
+
+    def product(settings: Settings, x: Array, words: Array, extra: tuple[Array, ...]) -> Array:
+        return _product(x, Weight(words, weight.decoder, extra), settings, exact, dtype)
+
+    one = custom_vmap(functools.partial(product, settings))
+
+    @one.def_vmap
+    def _several(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
+        # Programs find each other by their place in the grid of one product; several products are programs enough.
+        alone = functools.partial(product, dataclasses.replace(settings, split=1))
+        return jax.vmap(alone, jax.tree.map(lambda axis: 0 if axis else None, tuple(batched)))(*operands), True
+
+    return one(x, weight.words, tuple(weight.extra))
+
+
+def _product(
+    x: Float[Array, "tokens in"], weight: Weight, settings: Settings, exact: bool, dtype: Any
+) -> Float[Array, "tokens out"]:
     from jax.experimental.mosaic import gpu as mosaic
 
     mosaic_gpu = lowering()
 
-    assert not weight.overlay and weight.decoder.kind == jnp.float16
     plan = plan_for(x.shape[0], weight, settings, dtype)
     units: tuple[Array, ...] = ()
     if exact and x.dtype != jnp.float16:
@@ -72,12 +92,12 @@ def multiply(
         units = (jnp.pad(unit, (0, -plan.tokens % plan.width)),)
     x = _whole(x.astype(jnp.float16), (8, CHUNK))
     line = 128 // plan.dtype.itemsize
-    room = jax.eval_shape(lambda: _whole(jnp.zeros(plan.shape), (8, line))).shape
+    room = jax.eval_shape(lambda: _whole(jnp.zeros((plan.tokens, plan.out_size)), (8, line))).shape
 
     def kernel(x_ref: Any, words_ref: Any, *rest: Any, ring: Any, words: Any, barriers: Any) -> None:
-        *others, out_ref = rest
+        *others, out_ref, given_ref = rest
         inputs, (results, sums) = ring
-        refs = {"x": x_ref, "words": words_ref, "out": out_ref}
+        refs = {"x": x_ref, "words": words_ref, "out": out_ref, "given": given_ref}
         program = _Program(
             plan,
             weight.decoder,
@@ -91,8 +111,7 @@ def multiply(
         tiling = mosaic_gpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
         return mosaic_gpu.SMEM(shape, dtype, transforms=(tiling, mosaic_gpu.SwizzleTransform(128)))
 
-    tile = (ROWS, plan.width) if plan.by_outputs else (plan.width, ROWS)
-    given = (plan.down, max(plan.share - 1, 1), ROWS, plan.width if plan.share > 1 else LEAST_TOKENS)
+    sums = (plan.down, max(plan.share - 1, 1), ROWS, plan.width if plan.share > 1 else LEAST_TOKENS)
     freed = functools.partial(mosaic_gpu.Barrier, num_arrivals=plan.groups)
     if plan.cluster > 1:
         cluster: Any = ("cluster",)
@@ -104,7 +123,7 @@ def multiply(
     scratch = {
         "ring": mosaic_gpu.RefUnion(
             shared((plan.ring, plan.share, plan.width, plan.piece), jnp.float16),
-            [shared((plan.down, *tile), plan.dtype), mosaic_gpu.SMEM(given, jnp.float32)],
+            [shared((plan.down, plan.owned, ROWS), plan.dtype), mosaic_gpu.SMEM(sums, jnp.float32)],
         ),
         "words": shared((plan.stages, ROWS * plan.down, plan.words * plan.share), jnp.uint32),
         "barriers": {
@@ -114,16 +133,23 @@ def multiply(
             "words freed": freed(num_barriers=plan.stages),
             "ended": freed(),
             "sums": mosaic_gpu.Barrier(num_arrivals=max(plan.groups - plan.down, 1)),
+            "given": mosaic_gpu.Barrier(num_arrivals=1, num_barriers=plan.down),
         },
     }
     operands = [x, weight.words, *units, *(extra.reshape(-1) for extra in weight.extra)]
     operands = [vary_as(operand, *operands) for operand in operands]
-    out = jax.ShapeDtypeStruct((plan.split, *room), plan.dtype).update(manual_axis_type=axes_of(operands[0]))
+    down = -(-plan.out_size // (ROWS * plan.down * plan.cluster))
+    across = -(-plan.tokens // plan.width)
+    # What programs give each other: for its owner, of each of the others.
+    rows = down * plan.cluster * plan.down * ROWS
+    given = (plan.owners, plan.split - 1, across, rows, plan.owned) if plan.split > 1 else (LEAST_TOKENS,)
+    outs = (jax.ShapeDtypeStruct(room, plan.dtype), jax.ShapeDtypeStruct(given, jnp.float32))
     run = mosaic_gpu.kernel(
         kernel,
-        out_type=out,
+        out_type=tuple(out.update(manual_axis_type=axes_of(operands[0])) for out in outs),
         scratch_types=scratch,
-        grid=(-(-plan.out_size // (ROWS * plan.down * plan.cluster)), -(-plan.tokens // plan.width), plan.split),
+        # Those that wait for each other start together: the last axis is the one that runs first.
+        grid=(down, across, plan.split),
         grid_names=("rows", "tokens", "split"),
         cluster=(plan.cluster,),
         cluster_names=("cluster",),
@@ -135,22 +161,26 @@ def multiply(
         ),
         kernel_name="jaxq_warpgroups",
     )
-    found = run(*operands)[:, : plan.shape[0], : plan.shape[1]]
-    if plan.split == 1:
-        return found[0]
-    total = found.sum(axis=0).astype(dtype)
-    return total.T if plan.by_outputs else total
+    return run(*operands)[0][: plan.tokens, : plan.out_size]
 
 
 class _Program:
     """The kernel: what one program does."""
 
     def __init__(self, plan: Plan, decoder: Any, refs: Any, shared: Any, barriers: Any):
+        from jax.experimental import pallas
+
+        mosaic_gpu = lowering()
+
         self.plan, self.decoder, self.refs, self.shared, self.barriers = plan, decoder, refs, shared, barriers
         self.group = lax.axis_index("group")
         self.first = (lax.axis_index("rows") * plan.cluster + lax.axis_index("cluster")) * (ROWS * plan.down)
         self.token = lax.axis_index("tokens") * plan.width
         self.split = lax.axis_index("split")
+        self.told: Any = None
+        if plan.split > 1:
+            count = refs["given"].shape[2] * refs["given"].shape[3] // ROWS * plan.owners
+            self.told = pallas.get_global(mosaic_gpu.SemaphoreType.REGULAR((count,)))
 
     def run(self) -> None:
         from jax.experimental import pallas
@@ -216,9 +246,7 @@ class _Program:
 
         lax.fori_loop(0, plan.steps, step_ahead, self.read(0))
         total = sums[...]
-        # Nobody reads inputs any more.
         mosaic_gpu.barrier_arrive(self.barriers["ended"])
-        mosaic_gpu.barrier_wait(self.barriers["ended"])
         self.finish(total)
 
     @property
@@ -298,19 +326,21 @@ class _Program:
             mosaic_gpu.barrier_arrive(self.barriers["inputs freed"].at[place])
 
     def finish(self, total: Array) -> None:
-        """Adds the sums of warpgroups that shared inputs, and writes them."""
+        """Adds the sums of warpgroups that shared inputs, then those of programs that did, and writes them."""
         from jax.experimental import pallas
 
         mosaic_gpu = lowering()
 
         plan, place = self.plan, lax.div(self.group, self.plan.share)
         if plan.share == 1:
-            self.write(total, place)
+            self.exchange(total, place)
             return
 
         @pallas.when(self.share > 0)
         def _give() -> None:
-            self.shared["sums"][place, self.share - 1] = total
+            # Nobody reads inputs any more, which lay where sums do, and results below.
+            mosaic_gpu.barrier_wait(self.barriers["ended"])
+            store(self.shared["sums"].at[place, self.share - 1], total)
             mosaic_gpu.barrier_arrive(self.barriers["sums"])
 
         @pallas.when(self.share == 0)
@@ -320,30 +350,71 @@ class _Program:
             for other in range(plan.share - 1):
                 part = self.shared["sums"].at[place, other]
                 whole += mosaic_gpu.load(part, layout=mosaic_gpu.Layout.WGMMA, optimized=False)
-            self.write(whole, place)
+            self.exchange(whole, place)
 
-    def write(self, total: Array, place: Any) -> None:
-        """Through shared memory, for whole lines: neighbouring outputs of a token lie in several lanes."""
+    def exchange(self, total: Array, place: Any) -> None:
+        """Gives each program that shared inputs the sums of its tokens, and writes those of this one.
+
+        Through global memory, which is the cache here: a kernel that adds them afterwards would read all of them.
+        """
+        from jax.experimental import pallas
+
+        mosaic_gpu = lowering()
+
+        plan = self.plan
+        if plan.split == 1:
+            self.write(total, place, 0)
+            return
+        across, row = lax.axis_index("tokens"), self.first + self.row
+        rows, first = pallas.ds(row, ROWS), (across * (self.refs["given"].shape[3] // ROWS) + lax.div(row, ROWS))
+        parts = [(owner, slice(owner * plan.owned, (owner + 1) * plan.owned)) for owner in range(plan.owners)]
+        for owner, part in parts:
+
+            @pallas.when(self.split != owner)
+            def _give(owner: int = owner, part: slice = part) -> None:
+                sender = lax.rem(self.split - owner - 1 + plan.split, plan.split)
+                store(self.refs["given"].at[owner, sender, across, rows], total[:, part])
+
+        mosaic_gpu.barrier_arrive(self.barriers["given"].at[place])
+        mosaic_gpu.barrier_wait(self.barriers["given"].at[place])
+        for owner, _ in parts:
+
+            @pallas.when(self.split != owner)
+            def _tell(owner: int = owner) -> None:
+                mosaic_gpu.semaphore_signal(self.told.at[first * plan.owners + owner], memory_scope="gpu")
+
+        for owner, part in parts:
+
+            @pallas.when(self.split == owner)
+            def _take(owner: int = owner, part: slice = part) -> None:
+                told = self.told.at[first * plan.owners + owner]
+                mosaic_gpu.semaphore_wait(told, plan.split - 1, decrement=False, memory_scope="gpu")
+                whole = total[:, part]
+                for sender in range(plan.split - 1):
+                    other = self.refs["given"].at[owner, sender, across, rows]
+                    whole += mosaic_gpu.load(other, layout=mosaic_gpu.Layout.WGMMA, optimized=False)
+                self.write(whole, place, part.start)
+
+    def write(self, total: Array, place: Any, start: int) -> None:
+        """Sums of `owned` tokens from `start` on.
+
+        Through shared memory, for whole lines: neighbouring outputs of a token lie in several lanes.
+        """
         from jax.experimental import pallas
 
         mosaic_gpu = lowering()
 
         plan, here = self.plan, self.shared["results"].at[place]
-        rows, tokens = pallas.ds(self.first + self.row, ROWS), pallas.ds(self.token, plan.width)
+        rows, tokens = pallas.ds(self.first + self.row, ROWS), pallas.ds(self.token + start, plan.owned)
         for ref in self.refs["units"]:
             columns = mosaic_gpu.Layout.WGMMA.reduce(0)
             unit = mosaic_gpu.load(ref.at[tokens], layout=columns, optimized=False)
             total = total * lax.broadcast_in_dim(unit, total.shape, (1,))
-        total = total.astype(plan.dtype)
-        if plan.by_outputs:
-            here[...] = total
-            there = self.refs["out"].at[self.split, rows, tokens]
-        else:
-            total = mosaic_gpu.layout_cast(total, mosaic_gpu.Layout.WGMMA_TRANSPOSED)
-            here.transpose((1, 0))[...] = total
-            there = self.refs["out"].at[self.split, tokens, rows]
+        total = mosaic_gpu.layout_cast(total.astype(plan.dtype), mosaic_gpu.Layout.WGMMA_TRANSPOSED)
+        mosaic_gpu.barrier_wait(self.barriers["ended"])
+        here.transpose((1, 0))[...] = total
         mosaic_gpu.commit_smem()
-        mosaic_gpu.copy_smem_to_gmem(here, there)
+        mosaic_gpu.copy_smem_to_gmem(here, self.refs["out"].at[tokens, rows])
         mosaic_gpu.wait_smem_to_gmem(0)
 
 
